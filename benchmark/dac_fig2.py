@@ -1,0 +1,122 @@
+"""DAC Fig. 2: diffusion cloning, denoised, hard and soft guidance on four two-dimensional bandits.
+
+    python benchmark/dac_fig2.py [--run-dir runs/fig2] [--jobs 2] [--seed 0]      writes docs/figures/dac_fig2.png, dac_fig2.csv
+
+Trains the sixteen fits with the presets of dac.py (those that are already there are kept), draws the figure and prints for every
+panel the share of samples off the data's support (farther than 3 standard deviations from every mode) and the mean reward, over
+10,000 samples. Exact: the data distribution tilted by exp(r / (2 eta C)) at the final eta and C of the soft run.
+"""
+
+import csv
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import dac  # noqa: E402
+from common import TOYS, tilted_samples, toy_dataset, vp_schedule  # noqa: E402
+
+SETS = ("bandit-two", "bandit-three", "bandit-moons", "bandit-circles")
+METHODS = {"none": ("cloning", "tab:green"), "denoised": ("denoised", "tab:orange"), "hard": ("hard", "tab:blue"), "soft": ("soft", "m")}
+
+
+@dataclass
+class Args:
+    run_dir: str = "runs/fig2"
+    """where the sixteen runs go"""
+    jobs: int = 2
+    """runs at a time, one thread each"""
+    seed: int = 0
+    """seed of every run"""
+
+
+def train(args: Args, env: str, guidance: str) -> None:
+    run_dir = f"{args.run_dir}/{guidance}"
+    if (Path(run_dir) / env / "dac" / f"seed{args.seed}" / "result.json").exists():
+        return
+    command = [sys.executable, str(ROOT / "dac.py"), "--env", env, "--guidance", guidance, "--run-dir", run_dir]
+    command += ["--seed", str(args.seed), "--resume", "--device", "cpu", "--eval-every", "20000"]
+    command += ["--compile", "on"] if guidance == "denoised" else []  # 50 reverse steps with gradients: worth compiling
+    print(subprocess.run(["env", "OMP_NUM_THREADS=1", *command], stdout=subprocess.PIPE, text=True, check=True)
+          .stdout.splitlines()[-1], flush=True)  # fmt: skip
+
+
+@torch.no_grad()
+def samples(args: Args, env: str, guidance: str, n: int) -> tuple[torch.Tensor, dac.Agent, dac.Args]:
+    run_args = dac.Args(env=env, seed=args.seed, run_dir=f"{args.run_dir}/{guidance}")
+    content = dac.load(dac.run_folder(run_args) / "last.pt", env)
+    run_args = dac.resolve(run_args)
+    agent = dac.make_agent(run_args, 1, 2, torch.device("cpu"))
+    dac.restore(dac.agent_state(agent), content)
+    torch.manual_seed(1)
+    act = dac.make_act(run_args, agent.actor, agent.critics_target, 2, vp_schedule(run_args.T))
+    return act(torch.zeros(n, 1)), agent, run_args
+
+
+def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two sample sets (Szekely & Rizzo)."""
+
+    def within(z):
+        return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
+
+    return float(2 * torch.cdist(x, y).mean() - within(x) - within(y))
+
+
+def panel(ax, env: str, a: torch.Tensor, **style) -> None:
+    ax.scatter(*a[:100].clamp(-1.45, 1.45).T, s=14, linewidths=0.8, zorder=3, **style)
+    ax.plot(0.4, -0.4, marker="*", color="k", ms=9, zorder=4)
+
+
+def main(args: Args) -> None:
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda x: train(args, *x), [(env, g) for g in reversed(METHODS) for env in SETS]))
+    fig, axes = plt.subplots(len(METHODS) + 1, len(SETS), figsize=(12, 15), sharex=True, sharey=True, layout="constrained")
+    rows, span = [], torch.linspace(-1.5, 1.5, 61)
+    grid = torch.cartesian_prod(span, span)
+    for column, env in enumerate(SETS):
+        toy, data = TOYS[env], toy_dataset(env).a[: TOYS[env].rows]
+        _, soft, run_args = samples(args, env, "soft", 1)
+        with torch.no_grad():
+            field = soft.critics_target(torch.zeros(len(grid), 1), grid).mean(0).view(61, 61).T
+            C = soft.critics_target(torch.zeros(len(data), 1), data).abs().mean()
+        beta = 1 / (2 * float(soft.eta) * float(C))
+        exact, floor = tilted_samples(env, 10_000, beta, seed=1), tilted_samples(env, 10_000, beta, seed=2)
+        sets = {g: samples(args, env, g, 10_000)[0] for g in METHODS} | {"exact": exact}
+        for row, ax in enumerate(axes[:, column]):
+            ax.scatter(*data.T, c=toy.reward(data), s=4, cmap="Greys_r", vmin=-2.5, vmax=0.3, linewidths=0)
+            ax.contour(span, span, field, 12, linestyles="dashed", linewidths=0.6, cmap="viridis")
+            for g, (_, color) in METHODS.items():
+                if (row == 0 and g != "none") or (row > 0 and list(METHODS)[row - 1] == g):
+                    panel(ax, env, sets[g], marker="^" if g == "soft" else "x", color=color)
+            ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+        axes[0, column].set_title(f"{env}\nas in the paper")
+        for row, g in enumerate((*METHODS, "exact"), 1):
+            a = sets[g]
+            r, off, d = float(toy.reward(a).mean()), dac.off_support(env, a), energy_distance(a[:4000], exact[:4000])
+            if g == "exact":
+                d = energy_distance(floor[:4000], exact[:4000])
+            else:
+                axes[row, column].set_title(f"{METHODS[g][0]}: {100 * off:.0f} % off, reward {r:.2f}")
+            rows.append({"env": env, "guidance": g, "seed": args.seed, "off_support": round(off, 4), "mean_reward": round(r, 4),
+                         "energy_distance_to_exact": round(d, 4), "eta": round(float(soft.eta), 4)})  # fmt: skip
+    out = ROOT / "docs" / "figures"
+    out.mkdir(exist_ok=True, parents=True)
+    fig.savefig(out / "dac_fig2.png", dpi=80)
+    with open(ROOT / "benchmark" / "results" / "dac_fig2.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{'set':15} {'guidance':9} {'off support':>11} {'mean reward':>11} {'distance to exact':>17}")
+    for x in rows:
+        print(f"{x['env']:15} {x['guidance']:9} {100 * x['off_support']:9.1f} % {x['mean_reward']:11.3f} {x['energy_distance_to_exact']:17.4f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))

@@ -1,0 +1,95 @@
+"""Tables and curves from committed evaluations.
+
+    python benchmark/table.py                     prints the table of benchmark/results/*.csv and redraws docs/figures/*_demo.png
+    python benchmark/table.py --collect RUN_DIR   first copies RUN_DIR/<label>/<env>/<method>/seed<k>/eval.csv there
+
+A file is named <env>__<method>__<label>__seed<k>.csv. The table: mean and standard deviation over seeds of the final evaluation of
+the last policy (mean over its episodes), and of the best evaluation in a column of its own.
+"""
+
+import csv
+import shutil
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import load_dataset, normalized_score  # noqa: E402
+
+RESULTS = ROOT / "benchmark" / "results"
+DEMOS = ("pendulum-demo", "hopper-demo")
+
+
+@dataclass
+class Args:
+    collect: str | None = None
+    """folder of runs, one subfolder per label, to copy evaluations from"""
+
+
+def collect(runs: Path) -> None:
+    for path in sorted(runs.glob("*/*/*/seed*/eval.csv")):
+        label, env, method, seed = path.parts[-5:-1]
+        shutil.copy(path, RESULTS / f"{env}__{method}__{label}__{seed}.csv")
+
+
+def curve(path: Path) -> dict[int, float]:
+    """Step -> mean normalized score over the episodes of that evaluation."""
+    scores = defaultdict(list)
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            scores[int(row["step"])].append(float(row["normalized_score"]))
+    return {step: float(np.mean(x)) for step, x in scores.items()}
+
+
+def load() -> dict[tuple[str, str, str], list[dict[int, float]]]:
+    """(env, method, label) -> one curve per seed."""
+    runs = defaultdict(list)
+    for path in sorted(RESULTS.glob("*__*__*__seed*.csv")):
+        runs[tuple(path.stem.split("__")[:3])].append(curve(path))
+    return runs
+
+
+def data_average(env: str) -> float:
+    return float(normalized_score(env, load_dataset(env).returns().numpy()).mean())
+
+
+def table(runs) -> str:
+    lines = ["| dataset | average of the data | run | last policy | best evaluation | seeds | steps |", "|---|---|---|---|---|---|---|"]
+    for (env, method, label), curves in runs.items():
+        last, best = [c[max(c)] for c in curves], [max(c.values()) for c in curves]
+        name = method if label == method else f"{method}, {label}"
+        lines.append(f"| {env} | {data_average(env):.1f} | {name} | {np.mean(last):.1f} ± {np.std(last):.1f} | "
+                     f"{np.mean(best):.1f} | {' '.join(f'{x:.1f}' for x in last)} | {max(curves[0]):,} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw(runs, env: str) -> None:
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for (name, method, label), curves in runs.items():
+        if name == env:
+            steps = sorted(set.intersection(*(set(c) for c in curves)))
+            y = np.array([[c[s] for s in steps] for c in curves])  # (seeds, evaluations)
+            text = method if label == method else f"{method}, {label}"
+            (line,) = ax.plot(steps, y.mean(0), marker="o", ms=3, label=f"{text} ({len(curves)} seeds)")
+            ax.fill_between(steps, y.min(0), y.max(0), alpha=0.2, lw=0, color=line.get_color())
+    ax.axhline(data_average(env), color="gray", ls="--", lw=1, label="average of the data")
+    ax.set(xlabel="gradient step", ylabel="normalized score", title=f"{env}: mean and range over seeds")
+    ax.legend(frameon=False, fontsize=8)
+    fig.savefig(ROOT / "docs" / "figures" / f"{env.replace('-', '_')}.png", dpi=120)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.collect:
+        collect(Path(args.collect))
+    runs = load()
+    print(table(runs))
+    for env in DEMOS:
+        draw(runs, env)

@@ -1,0 +1,144 @@
+"""Updates per second of dac.py: {paper size, demo size} x {eager, compiled, graphed}, on the device at hand.
+
+    python benchmark/throughput.py [--threads 1] [--sizes paper demo] [--device cuda]
+
+Timed: whole updates (batch, target, critic, actor, eta, optimisers, averages), data on the device, no logging, no evaluation; the
+median of several rounds, after warm-up; compile time in its own column. FLOPs: the formulas of torch.utils.flop_counter, matrix products only.
+`share`: seconds that plain torch.mm needs for the same products (same shapes, one after the other), over seconds of the update.
+act: one call for 10 episodes at once, as in evaluation. Peak memory: CUDA allocator, or peak resident size of the process (CPU).
+"""
+
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import dac  # noqa: E402
+from common import Dataset, vp_schedule  # noqa: E402
+
+SIZES = {"paper": ("halfcheetah-medium-v2", 17, 6), "demo": ("hopper-demo", 11, 3), "pendulum": ("pendulum-demo", 3, 1)}
+
+
+@dataclass
+class Args:
+    sizes: tuple[Literal["paper", "demo", "pendulum"], ...] = ("paper", "demo")
+    """which presets: paper = halfcheetah-medium-v2 (S 17, A 6), demo = hopper-demo, pendulum = pendulum-demo"""
+    modes: tuple[Literal["eager", "compiled", "graphed", "compiled+graphed"], ...] = ("eager", "compiled", "graphed", "compiled+graphed")
+    """graphed modes need CUDA and are left out on a CPU"""
+    device: str = "auto"
+    """auto, cpu, cuda"""
+    threads: int | None = None
+    """CPU threads (default: torch's)"""
+    guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
+    """soft against denoised at --T 5 10 20 50 100 is the paper's table of update times"""
+    T: tuple[int, ...] = (5,)
+    """diffusion steps"""
+    seconds: float = 10.0
+    """time per measurement"""
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of all matrix products that run under it, and their shapes (b, n, k, m): b times (n, k) @ (k, m).
+    (FlopCounterMode itself cannot follow a gradient taken inside of an update.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: Counter = Counter()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            x, y = args[-2:]
+            self.shapes[(*(x.shape[:-2] or (1,)), x.shape[-2], x.shape[-1], y.shape[-1])] += 1
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def rounds(fn, device: torch.device, seconds: float) -> float:
+    """Median seconds per call."""
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    fn()
+    wait()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        clock = time.perf_counter()
+        for _ in range(calls := 20 if device.type == "cuda" else 1):
+            fn()
+        wait()
+        times.append((time.perf_counter() - clock) / calls)
+    return statistics.median(times)
+
+
+def mm_seconds(shapes: Counter, device: torch.device) -> float:
+    total = 0.0
+    for (b, n, k, m), count in shapes.items():
+        x, y = torch.randn(n, k, device=device), torch.randn(k, m, device=device)
+        total += count * b * rounds(lambda x=x, y=y: torch.mm(x, y), device, 0.2)
+    return total
+
+
+def measure(args: Args, size: str, mode: str, T: int, device: torch.device) -> str:
+    env, S, A = SIZES[size]
+    run = dac.resolve(dac.Args(env=env, guidance=args.guidance, T=T, steps=2_000_000))
+    torch.manual_seed(0)
+    n = 100_000
+    data = Dataset(torch.randn(n, S), torch.rand(n, A) * 2 - 1, torch.randn(n), torch.randn(n, S), torch.zeros(n), torch.zeros(n).bool())
+    agent = dac.make_agent(run, S, A, device)
+    update, _ = dac.make_update(run, agent, data.to(device), vp_schedule(T).to(device))
+    act = dac.make_act(run, agent.actor, agent.critics_target, A, vp_schedule(T).to(device))
+    with Products() as products:
+        update()
+    plain = mm_seconds(products.shapes, device)
+    fn = torch.compile(update) if "compiled" in mode else update
+    fn = dac.Graphed(fn) if "graphed" in mode else fn
+    clock = time.perf_counter()
+    for _ in range(8):  # compiles, records
+        fn()
+    warm = time.perf_counter() - clock
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = rounds(fn, device, args.seconds)
+    peak = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # fmt: skip
+    latency = rounds(lambda: act(torch.zeros(10, S, device=device)), device, 1.0)
+    return (f"| {size} | {args.guidance}, T={T} | {mode} | {1 / seconds:.1f} | {1000 * seconds:.2f} | {warm:.0f} | {peak:.0f} | "
+            f"{products.flops / 1e9:.3f} | {products.flops / seconds / 1e9:.0f} | {100 * plain / seconds:.0f} % | "
+            f"{1000 * latency:.2f} |")  # fmt: skip
+
+
+def main(args: Args) -> None:
+    device = dac.pick_device(dac.Args(device=args.device))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {dac.device_name(device)}\n")
+    print("| size | guidance | mode | updates/s | ms | warm-up s | peak MiB | GFLOP | GFLOP/s | share | act ms |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for size in args.sizes:
+        for T in args.T:
+            for mode in args.modes:
+                if "graphed" in mode and device.type == "cpu":
+                    continue
+                print(measure(args, size, mode, T, device), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))

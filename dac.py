@@ -1,0 +1,948 @@
+"""DAC: Diffusion Actor-Critic (Fang et al., ICLR 2025, arXiv 2405.20555).
+
+Offline RL as constrained policy iteration: maximise Q under KL(pi || behaviour) <= eps. The solution pi* ~ pi_b exp(Q / eta)
+is written as a target for the noise of a diffusion model, so the actor is trained by plain regression on dataset actions plus
+one gradient of Q with respect to its input; nothing is back-propagated through the denoising chain. docs/dac.md states the
+equations (1)-(5) in full.
+
+    actor    eps_theta(s, x_t, t)  eta ||eps_theta - eps||^2 + sqrt(1 - ab_t) <eps_theta, grad Q>  Eq. (5)  actor_loss
+    eta      Lagrange multiplier   eta <- eta + eta_lr (bc - b)                                    dual     dual_step
+    critic   Q_1..Q_H(s, a)        y = r + gamma (1 - terminal) LCB_h[ Qbar_h(s', a') ]            LCB      critic_target
+    act      N_a samples of the diffusion model, argmax of the ensemble mean                                make_act
+
+Differences from the authors' code, each tagged where it happens (reasons and effects: docs/dac.md):
+  [D1] minibatches are drawn with replacement, not by shuffled passes
+  [D2] on CUDA, float32 matrix products may round to TF32
+  [D3] bandits: 250 stored draws of the reward noise per action, not one per visit (common.toy_dataset)
+  [D4] evaluation: one environment per episode, seeded, all in lock step
+  [D5] D4RL's locomotion is evaluated in gymnasium's -v4 tasks (common.ENV_IDS)
+Shapes: B batch, S state, A action, T diffusion steps, H critic heads, N actions per state, E episodes.
+Run:    python dac.py                          (pendulum, no download, about a minute on a CPU)
+        python dac.py --env hopper-medium-v2   (D4RL; the paper's settings)
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import TOYS, UserError, load_dataset, make_env, normalized_score, reward_scale, vp_schedule
+
+METHOD, FORMAT = "dac", 1  # FORMAT: of last.pt; raised whenever an older file would not load
+
+
+@dataclass
+class Args:
+    env: str = "pendulum-demo"
+    """dataset to train on and task to evaluate in; also selects a row of PRESETS"""
+    data_path: str | None = None
+    """D4RL-format HDF5 file to train on; --env then names the task"""
+    data_url: str | None = None
+    """mirror (file or folder) to download a D4RL file from"""
+    eval_env: str | None = None
+    """another gymnasium id to evaluate in, e.g. Hopper-v5"""
+    seed: int = 0
+    """seeds torch, numpy, python and the evaluation episodes"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:n"""
+    run_dir: str = "runs"
+    """everything is written to <run-dir>/<env>/dac/seed<seed>"""
+    resume: bool = False
+    """continue the run in that folder from its last.pt"""
+    overwrite: bool = False
+    """delete the run in that folder first"""
+    eval_only: bool = False
+    """train nothing: evaluate last.pt with the sampling settings given here, append a row to reeval.csv"""
+    log_every: int | None = None
+    """steps between two rows of losses (preset: 1000)"""
+    eval_every: int | None = None
+    """steps between two evaluations (preset: 10000, as in the paper)"""
+    eval_episodes: int | None = None
+    """episodes per evaluation during training (preset: 10, as in the paper)"""
+    final_episodes: int | None = None
+    """episodes of the last evaluation, and of --eval-only (preset: 100)"""
+    save_every: int | None = None
+    """steps between two checkpoints (preset: 50000)"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the update; auto: on CUDA, and on a CPU if a C++ compiler is found and steps >= 100,000"""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """record the update once as a CUDA graph and replay it; auto: on CUDA"""
+
+    # --- the method; None takes the preset of --env, whose default is the paper's value ---
+    steps: int | None = None
+    """gradient steps, one of the critic and one of the actor each (paper: 2,000,000)"""
+    batch_size: int | None = None
+    """B, transitions per gradient step (paper: 256)"""
+    discount: float = 0.99
+    """gamma"""
+    T: int | None = None
+    """T, diffusion steps (paper: 5; bandits: 50)"""
+    hidden: tuple[int, ...] | None = None
+    """widths of the hidden layers of actor and critics (paper: 256 256 256)"""
+    guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
+    """how Q steers the noise target: soft = Eq. (5); hard, denoised = the paper's ablations; none = cloning"""
+    eta: float | None = None
+    """eta, or its start where eta_lr > 0: weight of the behaviour term in Eq. (5)"""
+    eta_lr: float | None = None
+    """step size of the dual ascent on eta; 0 keeps eta fixed"""
+    b: float | None = None
+    """b, bound on the mean squared noise error: small b stays near the data, b >= 1 hardly binds"""
+    H: int | None = None
+    """H, critic heads (paper: 10)"""
+    N: int | None = None
+    """N, next actions drawn per state for the critic target (paper: 10)"""
+    target: Literal["lcb", "min", "mean"] = "lcb"
+    """value target over the heads: lower confidence bound mean - rho std, minimum, mean"""
+    rho: float | None = None
+    """rho, width of the lower confidence bound"""
+    next_value: Literal["mean", "max"] | None = None
+    """value of a next state over its N actions, per head (paper: mean; antmaze: max)"""
+    N_a: int | None = None
+    """N_a, candidates per state when acting (paper: 10)"""
+    temperature: float | None = None
+    """0: the candidate of the largest mean Q acts; else drawn with probability softmax(Q / temperature)"""
+    clip_x0: bool | None = None
+    """clip the denoised action to [-1, 1] in every sampler step when acting (paper: True; bandits: False)"""
+    actor_lr: float | None = None
+    """Adam, cosine decay to 0 over the run"""
+    critic_lr: float | None = None
+    """Adam, cosine decay to 0 over the run"""
+    grad_clip: float = 1.0
+    """bound on the global gradient norm, one norm over the actor, one jointly over all heads"""
+    polyak: float = 0.005
+    """tau, averaging rate of target critics and target actor"""
+    ema_every: int = 5
+    """the target actor moves after updates i with i % ema_every == 0 and i > ema_after, i = 0, 1, 2, ..."""
+    ema_after: int | None = None
+    """see ema_every (paper: 1000; bandits: 10)"""
+    reward_scale: Literal["range", "none"] | None = None
+    """range: r <- 1000 r / (max return - min return), the paper's rule; none: as stored"""
+
+
+SAMPLING = ("N_a", "temperature", "clip_x0")  # --eval-only takes these from the command line, the rest from the run
+PAPER = dict(
+    steps=2_000_000, batch_size=256, T=5, hidden=(256, 256, 256), eta=1.0, eta_lr=1e-3, b=1.0, H=10, N=10, rho=1.0,
+    next_value="mean", N_a=10, temperature=0.0, clip_x0=True, actor_lr=3e-4, critic_lr=3e-4, ema_after=1000,
+    reward_scale="range", log_every=1000, eval_every=10_000,
+    eval_episodes=10, final_episodes=100, save_every=50_000,
+)
+_ANTMAZE = dict(eta=0.1, eta_lr=0.0, rho=1.0, next_value="max")
+_BANDIT = dict(
+    steps=20_000, batch_size=128, T=50, hidden=(64, 64, 64), eta_lr=0.01, b=1.3, H=5, N_a=1, clip_x0=False,
+    actor_lr=1e-3, critic_lr=1e-3, ema_after=10, reward_scale="none", eval_every=5000, eval_episodes=1000,
+    final_episodes=2000, save_every=5000,
+)
+PRESETS = {  # what differs from PAPER: docs/dac.md says where each value comes from
+    "walker2d-medium-v2": dict(), "walker2d-medium-replay-v2": dict(), "walker2d-medium-expert-v2": dict(),
+    "hopper-medium-v2": dict(rho=1.5), "hopper-medium-replay-v2": dict(rho=1.5),
+    "hopper-medium-expert-v2": dict(rho=1.5, b=0.05),
+    "halfcheetah-medium-v2": dict(rho=0.0), "halfcheetah-medium-replay-v2": dict(rho=0.0),
+    "halfcheetah-medium-expert-v2": dict(rho=0.0, b=0.1),
+    "antmaze-umaze-v0": _ANTMAZE, "antmaze-umaze-diverse-v0": _ANTMAZE,
+    "antmaze-medium-play-v0": _ANTMAZE, "antmaze-medium-diverse-v0": _ANTMAZE,
+    "antmaze-large-play-v0": _ANTMAZE | dict(rho=1.1, critic_lr=1e-3),
+    "antmaze-large-diverse-v0": _ANTMAZE | dict(critic_lr=1e-3),
+    "pendulum-demo": dict(  # ours, sized for a minute on a CPU
+        steps=10_000, batch_size=128, hidden=(64, 64), H=2, N=1, b=0.3, actor_lr=1e-3, critic_lr=1e-3,
+        log_every=200, eval_every=2000, final_episodes=20, save_every=2000),
+    "hopper-demo": dict(  # ours, sized for minutes on a CPU
+        steps=60_000, batch_size=128, hidden=(128, 128), H=2, N=1, b=0.1, eval_every=5000, save_every=5000),
+    **{toy: _BANDIT for toy in TOYS},
+}  # fmt: skip
+
+
+def resolve(args: Args) -> Args:
+    """Fills what the command line left at None from PRESETS, else PAPER, and refuses nonsense."""
+    preset = PAPER | PRESETS.get(args.env, {})
+    args = replace(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
+    positive = """steps batch_size T H N N_a log_every eval_every eval_episodes final_episodes save_every
+                  eta actor_lr critic_lr grad_clip ema_every""".split()
+    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
+    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in "seed eta_lr b rho temperature ema_after".split()]
+    rules += [
+        ("discount", "in [0, 1]", 0 <= args.discount <= 1),
+        ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
+        ("hidden", "one or more positive widths", len(args.hidden) > 0 and min(args.hidden) > 0),
+    ]
+    for name, want, ok in rules:  # NaN fails every comparison
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {want}")
+    return args
+
+
+# --- networks -----------------------------------------------------------------------------------------------
+class NoiseNet(nn.Module):
+    """eps_theta(s, x_t, t): MLP on [s, x_t, time], Mish between layers. Glorot-uniform weights, zero biases."""
+
+    def __init__(self, S: int, A: int, hidden: tuple[int, ...]):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 32))
+        sizes = (S + A + 32, *hidden, A)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.register_buffer("freq", torch.exp(-math.log(10_000) * torch.arange(8) / 7), persistent=False)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, s: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        u = t[:, None].float() * self.freq  # (B or 1, 8)  t is the integer 1..T, not t/T
+        u = self.time(torch.cat([u.cos(), u.sin()], -1))  # (B or 1, 32)
+        x = torch.cat([s, x_t, u.expand(len(x_t), -1)], -1)  # (B, S + A + 32)
+        for layer in self.layers[:-1]:
+            x = mish(layer(x))
+        return self.layers[-1](x)  # (B, A)
+
+
+class Critics(nn.Module):
+    """Q_1..Q_H: H independent MLPs on [s, a], one batched matrix product per layer; initialised as NoiseNet is."""
+
+    def __init__(self, S: int, A: int, hidden: tuple[int, ...], H: int):
+        super().__init__()
+        sizes = (S + A, *hidden, 1)
+        self.weights = nn.ParameterList(torch.empty(H, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.zeros(H, 1, o) for o in sizes[1:])
+        for w in self.weights:
+            for head in w:
+                nn.init.xavier_uniform_(head)
+
+    def forward(self, s: Tensor, a: Tensor) -> Tensor:
+        x = torch.cat([s, a], -1).expand(len(self.weights[0]), -1, -1)  # (H, B, S + A)
+        for w, b in zip(self.weights[:-1], self.biases[:-1]):
+            x = mish(torch.baddbmm(b, x, w))  # (H, B, width)
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).squeeze(-1)  # (H, B)
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(softplus(x)), with one exponential instead of three functions where that is faster (docs/speed.md):
+    compiled  x n / (n + 2),  n = e^x (e^x + 2);   on a CPU without gradients  x - 2 x / (1 + (1 + e^x)^2),
+    in blocks that stay in cache, overwriting x."""
+    if torch.compiler.is_compiling():
+        e = x.clamp(max=20).exp()
+        return x * (e * (e + 2) / (e * (e + 2) + 2))
+    if x.is_cuda or torch.is_grad_enabled():
+        return F.mish(x)
+    one = torch.ones((), dtype=x.dtype)
+    for block in x.view(-1).split(2**15):
+        u = block.exp().add_(1)
+        block.addcdiv_(block, torch.addcmul(one, u, u), value=-2)
+    return x
+
+
+# --- losses: pure functions, all randomness is an argument --------------------------------------------------
+def diffuse(a: Tensor, t: Tensor, eps: Tensor, sched) -> Tensor:
+    """Forward process:  x_t = sqrt(ab_t) a + sqrt(1 - ab_t) eps.   a, eps (B, A), t (B,)"""
+    ab = sched.alpha_bar[t, None]  # (B, 1)
+    return ab.sqrt() * a + (1 - ab).sqrt() * eps
+
+
+def value_scale(q: Tensor) -> Tensor:
+    """C = mean over heads and batch of |Qbar_h(s, a)| at dataset actions, + 1e-6.   q (H, B)"""
+    return q.abs().mean() + 1e-6
+
+
+def value_gradient(critics: Critics, s: Tensor, x_t: Tensor, C: Tensor) -> Tensor:
+    """g = grad_{x_t} [ mean_h Qbar_h(s, x_t) ] / C  (B, A): of the ensemble mean, at the noisy, unclipped x_t."""
+    x_t = x_t.detach().requires_grad_()
+    return torch.autograd.grad(critics(s, x_t).mean(0).sum(), x_t)[0] / C
+
+
+def actor_loss(e: Tensor, eps: Tensor, g: Tensor, t: Tensor, eta: Tensor, sched, guidance: str):
+    """Eq. (5):  eta ||e - eps||^2 + sqrt(1 - ab_t) <e, g>,  both as means over (B, A);  its minimiser is
+    e = eps - sqrt(1 - ab_t) g / (2 eta).  hard drops the factor sqrt(1 - ab_t).  Returns (loss, bc, guidance)."""
+    bc = (e - eps).square().mean()
+    factor = (1 - sched.alpha_bar[t, None]).sqrt() if guidance == "soft" else 1.0  # (B, 1)
+    push = (factor * g * e).mean()  # minimised: e moves along -g, the denoised action along +g
+    return eta * bc + push, bc, push
+
+
+def denoised_guidance(q: Tensor, C: Tensor) -> Tensor:
+    """Ablation as in Diffusion-QL:  - mean_{h,B} Qbar_h(s, a_hat) / C,  a_hat from a whole reverse chain.  q (H, B)"""
+    return -q.mean() / C
+
+
+def dual_step(eta: Tensor, bc: Tensor, b: float, eta_lr: float) -> Tensor:
+    """eta <- clip( eta + eta_lr clip(bc - b, -1, 1), 0.001, 100 ):  grows while the policy is too far from the data."""
+    return (eta + eta_lr * (bc - b).clamp(-1, 1)).clamp(0.001, 100)
+
+
+def critic_target(
+    q: Tensor, r: Tensor, terminal: Tensor, discount: float, rho: float, target: str, next_value: str
+) -> Tensor:
+    """y = r + gamma (1 - terminal) V,  V = mean_h v_h - rho std_h v_h  (population std),  v_h = mean or max over the
+    N next actions of Qbar_h(s', a'_n): over actions first, then over heads.   q (H, B, N) -> (B,)"""
+    v = q.mean(-1) if next_value == "mean" else q.amax(-1)  # (H, B)
+    if target == "lcb":
+        V = v.mean(0) - rho * v.std(0, correction=0)  # (B,)
+    else:
+        V = v.amin(0) if target == "min" else v.mean(0)
+    return r + discount * (1 - terminal) * V
+
+
+def critic_loss(q: Tensor, y: Tensor) -> Tensor:
+    """mean over heads and batch of (Q_h(s, a) - y)^2: one target for all heads.   q (H, B), y (B,)"""
+    return (q - y).square().mean()
+
+
+# --- sampler ------------------------------------------------------------------------------------------------
+def sample(actor: NoiseNet, s: Tensor, x: Tensor, z: Tensor, sched, clip: bool = True) -> Tensor:
+    """Reverse chain t = T..1 with noise sqrt(beta_t), not the posterior's.  s (B, S);  x (B, A) start ~ N(0, I);
+    z (T + 1, B, A), row t the noise of step t.   Returns (B, A); with clip it lies in [-1, 1]."""
+    for t in range(sched.T, 0, -1):
+        ab, ab_prev, alpha, beta = sched.alpha_bar[t], sched.alpha_bar[t - 1], sched.alpha[t], sched.beta[t]
+        e = actor(s, x, torch.full((1,), t, device=x.device))
+        x_0 = (x - (1 - ab).sqrt() * e) / ab.sqrt()
+        if clip:
+            x_0 = x_0.clamp(-1, 1)
+        x = (ab_prev.sqrt() * beta * x_0 + alpha.sqrt() * (1 - ab_prev) * x) / (1 - ab)  # mean; at t = 1 it is x_0
+        if t > 1:
+            x = x + beta.sqrt() * z[t]
+    return x
+
+
+def draw(actor: NoiseNet, s: Tensor, A: int, sched, clip: bool = True) -> Tensor:
+    """One action per row of s, with fresh noise.   (B, S) -> (B, A)"""
+    x = torch.randn(len(s), A, device=s.device)
+    return sample(actor, s, x, torch.randn(sched.T + 1, len(s), A, device=s.device), sched, clip)
+
+
+def make_act(args: Args, actor: NoiseNet, critics_target: Critics, A: int, sched):
+    """act(s): N_a candidates of the online actor, argmax (or softmax) of mean_h Qbar_h.   (E, S) -> (E, A)"""
+
+    @torch.no_grad()
+    def act(s: Tensor) -> Tensor:
+        s_n = s.repeat_interleave(args.N_a, 0)  # (E N_a, S)
+        a = draw(actor, s_n, A, sched, args.clip_x0)  # (E N_a, A)
+        q = critics_target(s_n, a).mean(0).view(len(s), args.N_a)  # (E, N_a)
+        if args.temperature > 0:
+            n = (q / args.temperature).softmax(-1).multinomial(1)  # (E, 1)
+        else:
+            n = q.argmax(-1, keepdim=True)
+        return a.view(len(s), args.N_a, A).gather(1, n[..., None].expand(-1, -1, A)).squeeze(1)
+
+    return act
+
+
+# --- one gradient step: eager = compiled = graphed ----------------------------------------------------------
+@dataclass
+class Agent:
+    """Everything that learning changes. `step` counts updates on the device, for the learning rate."""
+
+    actor: NoiseNet
+    actor_target: NoiseNet
+    critics: Critics
+    critics_target: Critics
+    actor_opt: torch.optim.Optimizer
+    critic_opt: torch.optim.Optimizer
+    eta: Tensor
+    step: Tensor
+
+
+def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
+    actor, critics = NoiseNet(S, A, args.hidden).to(device), Critics(S, A, args.hidden, args.H).to(device)
+
+    def adam(net, lr):  # lr is a tensor: the update changes it in place, also inside a graph
+        lr = torch.tensor(lr, device=device)
+        return torch.optim.Adam(net.parameters(), lr, fused=True, capturable=device.type == "cuda")
+
+    return Agent(
+        actor=actor,
+        actor_target=deepcopy(actor).requires_grad_(False),
+        critics=critics,
+        critics_target=deepcopy(critics).requires_grad_(False),
+        actor_opt=adam(actor, args.actor_lr),
+        critic_opt=adam(critics, args.critic_lr),
+        eta=torch.tensor(args.eta, device=device),
+        step=torch.zeros((), device=device, dtype=torch.float64),
+    )
+
+
+def make_update(args: Args, agent: Agent, data, sched):
+    """update(): one step of the critic, its target, the actor and eta, in this order; draws on the device and returns
+    0-d tensors.  update_ema(): one step of the target actor, called by the loop when it is due."""
+    actor, critics, critics_target = agent.actor, agent.critics, agent.critics_target
+    B, N, A, device = args.batch_size, args.N, data.a.shape[1], data.a.device
+    one_step = bool(data.terminal.all())  # bandits: y = r, no next action is drawn
+
+    def descend(loss, net, opt, lr):
+        cosine = 0.5 * (1 + torch.cos(math.pi * agent.step / args.steps))  # 1 -> 0
+        opt.param_groups[0]["lr"].copy_(lr * cosine)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        opt.step()
+
+    def update() -> dict[str, Tensor]:
+        i = torch.randint(len(data), (B,), device=device)  # [D1]
+        s, a, r, s_next, terminal = data.s[i], data.a[i], data.r[i], data.s_next[i], data.terminal[i]
+
+        # --- critic: target actor and target critics of the step before ---
+        with torch.no_grad():
+            y = r
+            if not one_step:
+                s_n = s_next.repeat_interleave(N, 0)  # (B N, S)
+                a_n = draw(agent.actor_target, s_n, A, sched)  # (B N, A)
+                q_n = critics_target(s_n, a_n).view(-1, B, N)  # (H, B, N)
+                y = critic_target(q_n, r, terminal, args.discount, args.rho, args.target, args.next_value)
+        q = critics(s, a)  # (H, B)
+        loss_q = critic_loss(q, y)
+        descend(loss_q, critics, agent.critic_opt, args.critic_lr)
+        average(critics_target, critics, args.polyak)
+
+        # --- actor: the new target critics ---
+        t = torch.randint(1, sched.T + 1, (B,), device=device)
+        eps = torch.randn_like(a)
+        x_t = diffuse(a, t, eps, sched)
+        e = actor(s, x_t, t)  # (B, A)
+        with torch.no_grad():
+            C = value_scale(critics_target(s, a))
+        g = torch.zeros_like(a)
+        if args.guidance in ("soft", "hard"):
+            g = value_gradient(critics_target, s, x_t, C)
+        loss_pi, bc, push = actor_loss(e, eps, g, t, agent.eta, sched, args.guidance)
+        if args.guidance == "denoised":
+            push = denoised_guidance(critics_target(s, draw(actor, s, A, sched)), C)
+            loss_pi = loss_pi + push
+        descend(loss_pi, actor, agent.actor_opt, args.actor_lr)
+
+        # --- eta: the error of the actor just updated, on the same noise ---
+        if args.eta_lr > 0 and args.guidance != "none":
+            with torch.no_grad():
+                bc_new = (actor(s, x_t, t) - eps).square().mean()
+                agent.eta.copy_(dual_step(agent.eta, bc_new, args.b, args.eta_lr))
+        agent.step += 1
+        losses = {"critic": loss_q, "actor": loss_pi, "bc": bc, "guidance": push, "eta": agent.eta.clone(), "C": C}
+        losses |= {"q_mean": q.mean(), "q_std": q.std(0, correction=0).mean(), "grad_q": g.abs().mean()}
+        lr = agent.actor_opt.param_groups[0]["lr"].clone()
+        return {f"losses/{k}": v.detach() for k, v in losses.items()} | {"charts/lr": lr}
+
+    def update_ema() -> None:
+        average(agent.actor_target, actor, args.polyak)
+
+    return update, update_ema
+
+
+@torch.no_grad()
+def average(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """target <- (1 - rate) target + rate source"""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+
+
+# --- running: the same text in all four scripts (tests/test_shared.py) ----------------------------------------
+class Graphed:
+    """fn recorded once as a CUDA graph, then replayed. Every call is exactly one call of fn: the first ones run
+    eagerly, on a side stream, until the allocator has settled. Inputs are copied into the recorded buffers."""
+
+    def __init__(self, fn, warmup: int = 5):
+        self.fn, self.warmup, self.graph = fn, warmup, None
+
+    def __call__(self, *inputs: Tensor):
+        if self.warmup > 0:
+            self.warmup -= 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                out = self.fn(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            return out
+        if self.graph is None:
+            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # recorded, not executed
+                self.out = self.fn(*self.inputs)
+        for x, new in zip(self.inputs, inputs):
+            x.copy_(new)
+        self.graph.replay()
+        return self.out
+
+
+def accelerate(fn, args, device: torch.device):
+    """fn as --compile and --graph ask; `auto` as their help texts say."""
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    worth_it = device.type == "cuda" or (args.steps >= 100_000 and cxx is not None)
+    if args.compile == "on" or (args.compile == "auto" and worth_it):
+        fn = torch.compile(fn)
+    if args.graph == "on" or (args.graph == "auto" and device.type == "cuda"):
+        fn = Graphed(fn)
+    return fn
+
+
+def pick_device(args) -> torch.device:
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:n")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        raise UserError(f"--device {name}: {seen}; use --device cpu, or install a CUDA build of torch")
+    if args.graph == "on" and device.type == "cpu":
+        raise UserError("--graph on records CUDA graphs, and this run is on the CPU; leave it at auto")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # [D2] TF32, as JAX computes by default
+    return device
+
+
+@torch.no_grad()
+def evaluate(act, args, device: torch.device, episodes: int, stopped=lambda: False):
+    """(episodes,) undiscounted returns and (episodes,) lengths.  One environment per episode, all in lock step, one
+    batch of actions per step, each counted until its own first end.  Episode i starts from seed + i, the policy's
+    noise from seed: two policies face the same starts, and training randomness stays as it was.  [D4]"""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        if args.env in TOYS:
+            a = act(torch.zeros(episodes, 1, device=device))
+            return TOYS[args.env].reward(a).cpu().double().numpy(), np.ones(episodes, int)
+        envs = [make_env(args.env, args.eval_env) for _ in range(episodes)]
+        s = np.stack([env.reset(seed=args.seed + i)[0] for i, env in enumerate(envs)])  # (E, S)
+        returns, lengths, alive = np.zeros(episodes), np.zeros(episodes, int), np.ones(episodes, bool)
+        while alive.any():
+            if stopped():
+                raise KeyboardInterrupt
+            a = act(torch.as_tensor(s, dtype=torch.float32, device=device))  # (E, A)
+            a = a.clamp(-1, 1).cpu().numpy()
+            for i in np.flatnonzero(alive):
+                s[i], r, terminated, truncated, _ = envs[i].step(a[i])
+                returns[i] += r
+                lengths[i] += 1
+                alive[i] = not (terminated or truncated)
+        for env in envs:
+            env.close()
+    return returns, lengths
+
+
+def save(path: Path, state: dict, progress: dict, args) -> None:
+    """All that continuing bit for bit needs; loads with weights_only.  Atomic: the old file stays until the new one
+    is complete."""
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state_all()
+    content = {"method": METHOD, "format": FORMAT, "args": asdict(args), "progress": progress, "rng": rng}
+    content["state"] = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+    part = path.with_suffix(".part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        kept = "the one before it is kept" if path.exists() else "there is no earlier one"
+        why = f"cannot write {path} ({first_line(error)}); {kept}"
+        raise UserError(f"{why}: make room, then --resume", code=1) from error
+
+
+def load(path: Path, env: str) -> dict:
+    """The content of a last.pt, if it is of this method and env."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: train first, or check --env, --seed and --run-dir")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        is_of = f"{content['method']} (format {content['format']}) on {content['args']['env']}"
+    except Exception as error:  # zipfile, pickle and torch each have their own for a damaged file
+        why = f"{path} is damaged or not a checkpoint ({first_line(error)})"
+        raise UserError(f"{why}; start anew with --overwrite") from error
+    expected = f"{METHOD} (format {FORMAT}) on {env}"
+    if is_of != expected:
+        raise UserError(f"{path} is of {is_of}; expected {expected}: check --env and --run-dir")
+    return content
+
+
+def restore(state: dict, content: dict) -> dict:
+    """Puts a checkpoint into modules, optimisers, tensors and random generators; returns its progress."""
+    for k, v in state.items():
+        if hasattr(v, "load_state_dict"):
+            v.load_state_dict(content["state"][k])
+        else:
+            v.copy_(content["state"][k])
+    torch.set_rng_state(content["rng"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in content["rng"]:
+        torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+    return content["progress"]
+
+
+def run_folder(args) -> Path:
+    return Path(args.run_dir).expanduser() / args.env.replace("/", "_") / METHOD / f"seed{args.seed}"
+
+
+class Run:
+    """One run folder: arguments, losses, evaluations, checkpoints, result. `state` names all that learning changes,
+    `progress` where it stands: stage, step of that stage, stages done, seconds."""
+
+    # a resumed run may change these, nothing else
+    FREE = """device data_path data_url eval_env run_dir resume overwrite eval_only log_every save_every compile
+              graph""".split()
+
+    def __init__(self, args, state: dict, device: torch.device):
+        self.args, self.state, self.device, self.folder = args, state, device, run_folder(args)
+        self.progress = {"stage": "", "step": 0, "done": [], "train_seconds": 0.0, "eval_seconds": 0.0}
+        self.rows: list[dict] = []  # of eval.csv
+        self.signal = 0
+        last, exists = self.folder / "last.pt", (self.folder / "args.json").exists()
+        try:
+            if exists and args.overwrite:
+                shutil.rmtree(self.folder)
+            elif exists and not args.resume:
+                hint = "--resume continues it, --overwrite replaces it, --run-dir goes elsewhere"
+                raise UserError(f"{self.folder} holds a run: {hint}")
+            if args.resume and last.exists():
+                self.resume(last)
+            elif args.resume:
+                print(f"nothing saved yet in {self.folder}: starting at step 0")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.write("args.json", json.dumps(describe(args, device), indent=2))
+            self.write_evaluations()
+            step = self.progress["step"]
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}); give another --run-dir") from error
+
+    def resume(self, path: Path) -> None:
+        content = load(path, self.args.env)
+        now, then = (json.loads(json.dumps(x)) for x in (asdict(self.args), content["args"]))
+        changed = [k for k in now if k not in self.FREE and now[k] != then.get(k)]
+        if changed:
+            what = ", ".join(f"{k}={then.get(k)}, not {now[k]}" for k in changed)
+            raise UserError(f"{path} was trained with {what}: give the same settings, or another --run-dir")
+        self.progress = restore(self.state, content)
+        if (self.folder / "eval.csv").exists():
+            with open(self.folder / "eval.csv", newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.progress["step"]]
+        print(f"resuming {self.folder} at {self.progress['stage']} step {self.progress['step']}")
+
+    def write(self, name: str, text: str) -> None:
+        part = self.folder / f"{name}.part"
+        part.write_text(text)
+        os.replace(part, self.folder / name)
+
+    def write_evaluations(self) -> None:
+        keys = ("step", "episode", "return", "length", "normalized_score")
+        lines = [",".join(keys), *(",".join(str(row[k]) for k in keys) for row in self.rows)]
+        self.write("eval.csv", "\n".join(lines) + "\n")
+
+    def train(self, stage: str, steps: int, update, act=None) -> None:
+        """Calls update(i) for i = 0, 1, ..., steps - 1, from where the checkpoint stands.  act: the policy to
+        evaluate at step 0, on the way and at the end.  Ctrl-C and SIGTERM save, and say how to go on."""
+        args, progress, losses = self.args, self.progress, {}
+        if stage in progress["done"]:
+            return
+        start = progress["step"] if progress["stage"] == stage else 0
+        progress |= {"stage": stage, "step": start}
+        handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=steps, initial=start, desc=stage, unit="step", disable=None)
+        try:
+            for step in range(start, steps + 1):
+                last = step == steps
+                if act and (last or step % args.eval_every == 0) and step not in self.evaluated():
+                    self.check(losses)
+                    self.evaluate(act, step, args.final_episodes if last else args.eval_episodes)
+                if last:
+                    progress["done"].append(stage)
+                if step > start and (last or step % args.save_every == 0):
+                    self.save(losses)
+                if last:
+                    break
+                clock = time.perf_counter()
+                losses = update(step)
+                progress["step"] = step + 1
+                if (step + 1) % args.log_every == 0:
+                    self.log(losses)
+                progress["train_seconds"] += time.perf_counter() - clock
+                bar.update()
+                if self.signal:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            self.save(losses)
+            bar.close()
+            print(f"\nstopped at {stage} step {progress['step']} of {steps}, saved; continue with: {again()}")
+            raise SystemExit(128 + self.signal) from None
+        finally:
+            bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def on_signal(self, number, frame) -> None:
+        if self.signal:  # asked twice: at once, without saving
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def check(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """The numbers; a non-finite one ends the run before it can reach a checkpoint."""
+        values = {k: v.item() for k, v in losses.items()}
+        for k, v in values.items():
+            if not math.isfinite(v):
+                last = self.folder / "last.pt"
+                good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint before it"
+                where = f"{self.progress['stage']} step {self.progress['step']}"
+                raise UserError(f"{k} is {v} at {where}; {good}. Try smaller learning rates", code=1)
+        return values
+
+    def log(self, losses: dict[str, Tensor]) -> None:
+        for k, v in self.check(losses).items():
+            self.writer.add_scalar(k, v, self.progress["step"])
+        self.writer.add_scalar("charts/steps_per_second", self.steps_per_second(), self.progress["step"])
+
+    def steps_per_second(self) -> float:
+        return self.progress["step"] / max(self.progress["train_seconds"], 1e-9)
+
+    def save(self, losses: dict[str, Tensor]) -> None:
+        self.check(losses)
+        save(self.folder / "last.pt", self.state, self.progress, self.args)
+
+    def evaluate(self, act, step: int, episodes: int) -> None:
+        clock = time.perf_counter()
+        returns, lengths = evaluate(act, self.args, self.device, episodes, lambda: self.signal)
+        scores = normalized_score(self.args.env, returns)
+        for i in range(episodes):
+            score = "" if scores is None else round(float(scores[i]), 4)
+            row = {"step": step, "episode": i, "return": round(float(returns[i]), 4), "length": int(lengths[i])}
+            self.rows.append(row | {"normalized_score": score})
+        self.write_evaluations()
+        text = f"return {returns.mean():.1f} +- {returns.std():.1f}"
+        tags = {"return": returns.mean()}
+        if scores is not None:
+            text = f"normalized score {scores.mean():.1f} +- {scores.std():.1f}, {text}"
+            tags |= {"normalized_score": scores.mean(), "normalized_score_std": scores.std()}
+            tags["normalized_score_last5"] = self.curve()[1][-5:].mean()
+        for k, v in tags.items():
+            self.writer.add_scalar(f"eval/{k}", v, step)
+        self.progress["eval_seconds"] += time.perf_counter() - clock
+        tqdm.write(f"step {step:>7}: {text}, {episodes} episodes, {self.steps_per_second():.0f} steps/s")
+
+    def evaluated(self) -> list[int]:
+        return sorted({int(row["step"]) for row in self.rows})
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps, mean and standard deviation over episodes of every evaluation: of scores, else of returns."""
+        key = "normalized_score" if self.rows[0]["normalized_score"] != "" else "return"
+        steps = self.evaluated()
+        values = [[float(row[key]) for row in self.rows if int(row["step"]) == step] for step in steps]
+        return np.array(steps), np.array([np.mean(v) for v in values]), np.array([np.std(v) for v in values])
+
+    def finish(self, data_average: float) -> None:
+        """result.json, curve.png and the last line."""
+        step = self.progress["step"]
+        final = [row for row in self.rows if int(row["step"]) == step]
+        returns = np.array([float(row["return"]) for row in final])
+        scores = normalized_score(self.args.env, returns)
+        result = {"method": METHOD, "env": self.args.env, "seed": self.args.seed, "step": step}
+        for k, v in {"normalized_score": scores, "return": returns}.items():
+            result |= {k: None if v is None else v.mean(), f"{k}_std": None if v is None else v.std()}
+        result["normalized_score_last5"] = None if scores is None else self.curve()[1][-5:].mean()
+        result |= {"episodes": len(final), "steps_per_second": self.steps_per_second()}
+        result |= {k: self.progress[k] for k in ("train_seconds", "eval_seconds")}
+        self.write("result.json", json.dumps(result | {"device": device_name(self.device)}, indent=2))
+        plot_curve(self, data_average)
+        self.writer.close()
+        print(summary(self.args, returns, step))
+
+
+def summary(args, returns: np.ndarray, step: int) -> str:
+    scores = normalized_score(args.env, returns)
+    kind, values = ("return", returns) if scores is None else ("normalized score", scores)
+    text = f"{kind} {values.mean():.1f} +- {values.std():.1f} over {len(values)} episodes at step {step}"
+    return f"{METHOD} {args.env} seed {args.seed}: {text} -> {run_folder(args)}"
+
+
+def again() -> str:
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+    return shlex.join(["python", *words, "--resume"])
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def describe(args, device: torch.device) -> dict:
+    """What args.json holds."""
+    here = str(Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        git = ""
+    versions = {m.__name__: m.__version__ for m in (torch, np, gym)} | {"python": platform.python_version()}
+    about = {"versions": versions, "device": device_name(device), "git_commit": git or None, "command": sys.argv}
+    return {"method": METHOD, "args": asdict(args)} | about
+
+
+def plot_curve(run: Run, data_average: float) -> None:
+    """curve.png: every evaluation (shade: one standard deviation over episodes), the dataset's average as a line."""
+    import matplotlib.pyplot as plt
+
+    steps, mean, std = run.curve()
+    scored = normalized_score(run.args.env, np.zeros(1)) is not None
+    fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    ax.fill_between(steps, mean - std, mean + std, alpha=0.2, lw=0)
+    ax.plot(steps, mean, marker="o", ms=3, label=METHOD)
+    ax.axhline(data_average, color="gray", ls="--", lw=1, label="average of the data")
+    ax.set(xlabel="gradient step", ylabel="normalized score" if scored else "return")
+    ax.set_title(f"{run.args.env}, seed {run.args.seed}")
+    ax.legend(frameon=False)
+    fig.savefig(run.folder / "curve.png", dpi=150)
+    plt.close(fig)
+
+
+def plot_toy(path: Path, env: str, data, value, samples: Tensor) -> None:
+    """samples.png: data coloured by mean reward; the learned value field, value: (n, 2) -> (n,); samples coloured by
+    reward, with the share of them that is off the data's support, where the toy has modes."""
+    import matplotlib.pyplot as plt
+
+    toy, span = TOYS[env], torch.linspace(-1.5, 1.5, 121)
+    a, samples = data.a[torch.randperm(len(data))[:2000].to(data.a.device)].cpu(), samples.cpu()
+    known, got = toy.reward(a), toy.reward(samples)
+    field = value(torch.cartesian_prod(span, span).to(data.a.device)).cpu().view(121, 121).T
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    dots = dict(s=5, cmap="viridis", vmin=float(known.min()), vmax=float(known.max()), linewidths=0)
+    fig.colorbar(axes[0].scatter(*a.T, c=known, **dots), ax=axes[0], label="mean reward", shrink=0.8)
+    axes[0].set_title(f"{env}: data")
+    fig.colorbar(axes[1].contourf(span, span, field, 20, cmap="magma"), ax=axes[1], label="value", shrink=0.8)
+    axes[1].scatter(*a.T, s=1, c="white", alpha=0.3, linewidths=0)
+    axes[1].set_title("learned value, data in white")
+    shown = samples.clamp(-1.45, 1.45)
+    fig.colorbar(axes[2].scatter(*shown.T, c=got, **dots), ax=axes[2], label="mean reward", shrink=0.8)
+    off = "" if toy.centres is None else f", {100 * off_support(env, samples):.0f} % off support"
+    axes[2].set_title(f"{METHOD}: mean reward {got.mean():.2f}{off}")
+    for ax in axes:
+        ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def off_support(env: str, a: Tensor) -> float:
+    """Share of actions farther than 3 standard deviations of the data's noise from every one of its modes."""
+    return float((torch.cdist(a, TOYS[env].centres).amin(-1) > 3 * TOYS[env].spread).float().mean())
+
+
+def check_task(args, data) -> None:
+    """The evaluation task must have the data's sizes: found out before training, not after."""
+    if args.env in TOYS:
+        return
+    env = make_env(args.env, args.eval_env)
+    sizes, (S,), (A,) = (data.s.shape[1], data.a.shape[1]), env.observation_space.shape, env.action_space.shape
+    env.close()
+    if sizes != (S, A):
+        fix = "--env (or --eval-env) must name the task that the data comes from"
+        raise UserError(f"the data has {sizes[0]} observations and {sizes[1]} actions, the task {S} and {A}: {fix}")
+
+
+# --- main -----------------------------------------------------------------------------------------------------
+def agent_state(agent: Agent) -> dict:
+    return {f.name: getattr(agent, f.name) for f in fields(agent)}
+
+
+def main(args: Args) -> None:
+    if args.eval_only:
+        return reevaluate(args)
+    args = resolve(args)
+    device = pick_device(args)
+    seed_all(args.seed)
+
+    data = load_dataset(args.env, args.data_path, args.data_url).to(device)
+    check_task(args, data)
+    returns = data.returns().cpu().numpy()  # as stored
+    scores = normalized_score(args.env, returns)
+    if args.reward_scale == "range":
+        data.r *= reward_scale(data)
+    data.a.clamp_(-(1 - 1e-5), 1 - 1e-5)
+
+    S, A = data.s.shape[1], data.a.shape[1]
+    sched = vp_schedule(args.T).to(device)
+    agent = make_agent(args, S, A, device)
+    run = Run(args, agent_state(agent), device)
+    average = f"average return {returns.mean():.1f}"
+    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
+    print(f"{METHOD} {args.env}: {len(data)} transitions, {len(returns)} episodes, {average}, {device_name(device)}")
+    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+
+    update, update_ema = (accelerate(fn, args, device) for fn in make_update(args, agent, data, sched))
+    act = make_act(args, agent.actor, agent.critics_target, A, sched)
+
+    def step(i: int) -> dict[str, Tensor]:
+        losses = update()
+        if i % args.ema_every == 0 and i > args.ema_after:
+            update_ema()
+        return losses
+
+    run.train("train", args.steps, step, act)
+
+    if args.env in TOYS:
+        with torch.no_grad():
+            zeros = torch.zeros(121 * 121, 1, device=device)
+            samples = act(zeros[:2000])
+            plot_toy(run.folder / "samples.png", args.env, data, lambda a: agent.critics_target(zeros, a).mean(0), samples)
+    run.finish(float((returns if scores is None else scores).mean()))
+    if args.env == "pendulum-demo":
+        print("next: python dac.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
+
+
+def seed_all(seed: int) -> None:
+    """Training draws come from torch alone; python and numpy are seeded for whatever a reader adds."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def reevaluate(args: Args) -> None:
+    """--eval-only: the trained policy under the sampling settings of this command line; one row more in reeval.csv."""
+    content = load(run_folder(args) / "last.pt", args.env)
+    trained = Args(**(content["args"] | {"hidden": tuple(content["args"]["hidden"])}))
+    given = {k: getattr(args, k) for k in (*SAMPLING, "final_episodes", "eval_env")}
+    given = {k: v for k, v in given.items() if v is not None}
+    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph="auto", eval_only=True))
+    device = pick_device(args)
+    sizes = [v.shape for v in content["state"]["actor"].values()]
+    S_A, A = content["state"]["critics"]["weights.0"].shape[1], sizes[-1][0]
+    agent = make_agent(args, S_A - A, A, device)
+    progress = restore(agent_state(agent), content)
+    act = make_act(args, agent.actor, agent.critics_target, A, vp_schedule(args.T).to(device))
+
+    returns, lengths = evaluate(act, args, device, args.final_episodes)
+    scores = normalized_score(args.env, returns)
+    row = {"env": args.env, "seed": args.seed, "step": progress["step"]} | {k: getattr(args, k) for k in SAMPLING}
+    row |= {"episodes": len(returns), "return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
+    row |= {"normalized_score": "" if scores is None else scores.mean()}
+    row |= {"normalized_score_std": "" if scores is None else scores.std()}
+    path = run_folder(args) / "reeval.csv"
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(summary(args, returns, progress["step"]))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    except UserError as error:
+        print(f"{METHOD}.py: {error}", file=sys.stderr)
+        sys.exit(error.code)
