@@ -1,7 +1,7 @@
-"""Datasets, environments and diffusion schedules: all that the four scripts share, and nothing that a paper contributes.
+"""Datasets, environments and diffusion schedules: what all scripts share, nothing that a paper contributes.
 
-    load_dataset(name)      D4RL names, Minari ids, D4RL-format HDF5 files, the two demos, the toys  ->  Dataset of tensors
-    make_env(name)          the gymnasium task that a name is evaluated in, observations flat, actions in [-1, 1]
+    load_dataset(name)      D4RL names, Minari ids, D4RL-format HDF5 files, demos, toys  ->  Dataset of tensors
+    make_env(name)          the gymnasium task that a name is evaluated in: flat observations, actions in [-1, 1]
     normalized_score(name)  D4RL's 0 (random) to 100 (expert) scale
     vp_schedule, cosine_schedule, linear_schedule, VPSDE, edm_sigmas
 
@@ -10,6 +10,7 @@ Shapes: N rows, S state, A action.  Bad input raises UserError, whose text is on
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import os
 import re
@@ -37,9 +38,9 @@ class UserError(Exception):
         self.code = code
 
 
-# --- D4RL: names, files, reference scores ------------------------------------------------------------------------------------
+# --- D4RL: names, files, reference scores -----------------------------------------------------------------
 ROOT = "http://rail.eecs.berkeley.edu/datasets/offline_rl"  # d4rl/infos.py
-MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"  # locomotion only; a file is checked by size and SHA-256
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"  # locomotion only
 _MAZE = {
     "umaze": "u-maze_noisy_multistart_False_multigoal_False",
     "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
@@ -65,29 +66,38 @@ for _task in ("pen", "hammer", "door", "relocate"):
     FILES[f"{_task}-human-v0"] = f"hand_dapg/{_task}-v0_demos_clipped.hdf5"
     FILES[f"{_task}-cloned-v0"] = f"hand_dapg/{_task}-demos-v0-bc-combined.hdf5"
     FILES[f"{_task}-expert-v0"] = f"hand_dapg/{_task}-v0_expert_clipped.hdf5"
-    FILES |= {f"{_task}-{kind}-v1": f"hand_dapg_v1/{_task}-{kind}-v1.hdf5" for kind in ("human", "cloned", "expert")}
+    for _kind in ("human", "cloned", "expert"):
+        FILES[f"{_task}-{_kind}-v1"] = f"hand_dapg_v1/{_task}-{_kind}-v1.hdf5"
 
 CHECKSUMS = """
-hopper-random-v2         152525345 63103ef7059d   hopper-medium-v2         152756557 5bdf1bc4a713   hopper-medium-replay-v2       75854457 e121c5f7c985
-hopper-full-replay-v2    187998921 56baf95963c5   hopper-medium-expert-v2  304537315 9d51ad87f8c9   hopper-expert-v2             152427435 01aa219a5f8e
-walker2d-random-v2       216109364 4e863bb6090c   walker2d-medium-v2       232254996 cf00f43add04   walker2d-medium-replay-v2     86323963 e75de96a4f77
-walker2d-full-replay-v2  285115514 f2720f9d27b2   walker2d-medium-expert-v2 462197079 6b8d7f868c45  walker2d-expert-v2           230567195 2985dc3d436a
-halfcheetah-random-v2    237338037 25407aef85b5   halfcheetah-medium-v2    237727262 41324e8487a9   halfcheetah-medium-replay-v2  59448533 48d494a4770c
-halfcheetah-full-replay-v2 291381762 27fdf7ea86e5 halfcheetah-medium-expert-v2 474567252 015db75dae5b halfcheetah-expert-v2      237464597 d9fe53bb994e
-antmaze-umaze-v0         232533093 188838316eab   antmaze-umaze-diverse-v0 230854793 4aff7f77b97a   antmaze-medium-play-v0       231110993 527385c14b87
-antmaze-medium-diverse-v0 231095454 b77764cac90c  antmaze-large-play-v0    230880846 e37afef5b80b   antmaze-large-diverse-v0     231183929 dda7acbdde1a
-antmaze-umaze-v2         232532949 5ef15257771c   antmaze-umaze-diverse-v2 230854272 c771dd63963c   antmaze-medium-diverse-v2    231095166 ad9dcbac05d1
-antmaze-large-play-v2    230880653 6d353df24578   antmaze-large-diverse-v2 231183710 84f775eb7956   pen-human-v0                   2037685 64103c05d3b3
-pen-cloned-v0            307070889 f881ab4b03c0   pen-expert-v0            262280734 0ad80bc6d5e6   pen-human-v1                   2040573 209e345b2150
-pen-cloned-v1            155074191 6d1a982cee19   pen-expert-v1            262040663 3791b8ca6a80   hammer-human-v0                5585672 96bbad348459
-hammer-cloned-v0         676007664 a645a67b7bc2   hammer-expert-v0         555652333 1e51edf95b00   hammer-human-v1                5606475 3e42f3f49b5c
-hammer-cloned-v1         446616879 e48d75b159bd   hammer-expert-v1         557047483 1c069a0f6e48   door-human-v0                  3118318 9df6345e28fc
-door-cloned-v0           631681308 829cd0cd312a   door-expert-v0           535876867 a6e6c29985ca   door-human-v1                  3121206 f9691288c3dd
-door-cloned-v1           294356136 1f6a60ecc4d2   door-expert-v1           536056678 66df4cd4e0a1
-""".split()  # name, bytes, first 12 hex digits of SHA-256 (tensorflow_datasets checksums.tsv); the other files have no public record
-CHECKSUMS = {n: (int(size), sha) for n, size, sha in zip(CHECKSUMS[::3], CHECKSUMS[1::3], CHECKSUMS[2::3], strict=True)}
+hopper-random-v2           152525345 63103ef7059d   hopper-medium-v2           152756557 5bdf1bc4a713
+hopper-medium-replay-v2     75854457 e121c5f7c985   hopper-full-replay-v2      187998921 56baf95963c5
+hopper-medium-expert-v2    304537315 9d51ad87f8c9   hopper-expert-v2           152427435 01aa219a5f8e
+walker2d-random-v2         216109364 4e863bb6090c   walker2d-medium-v2         232254996 cf00f43add04
+walker2d-medium-replay-v2   86323963 e75de96a4f77   walker2d-full-replay-v2    285115514 f2720f9d27b2
+walker2d-medium-expert-v2  462197079 6b8d7f868c45   walker2d-expert-v2         230567195 2985dc3d436a
+halfcheetah-random-v2      237338037 25407aef85b5   halfcheetah-medium-v2      237727262 41324e8487a9
+halfcheetah-medium-replay-v2  59448533 48d494a4770c   halfcheetah-full-replay-v2 291381762 27fdf7ea86e5
+halfcheetah-medium-expert-v2 474567252 015db75dae5b   halfcheetah-expert-v2      237464597 d9fe53bb994e
+antmaze-umaze-v0           232533093 188838316eab   antmaze-umaze-diverse-v0   230854793 4aff7f77b97a
+antmaze-medium-play-v0     231110993 527385c14b87   antmaze-medium-diverse-v0  231095454 b77764cac90c
+antmaze-large-play-v0      230880846 e37afef5b80b   antmaze-large-diverse-v0   231183929 dda7acbdde1a
+antmaze-umaze-v2           232532949 5ef15257771c   antmaze-umaze-diverse-v2   230854272 c771dd63963c
+antmaze-medium-diverse-v2  231095166 ad9dcbac05d1   antmaze-large-play-v2      230880653 6d353df24578
+antmaze-large-diverse-v2   231183710 84f775eb7956   pen-human-v0                 2037685 64103c05d3b3
+pen-cloned-v0              307070889 f881ab4b03c0   pen-expert-v0              262280734 0ad80bc6d5e6
+pen-human-v1                 2040573 209e345b2150   pen-cloned-v1              155074191 6d1a982cee19
+pen-expert-v1              262040663 3791b8ca6a80   hammer-human-v0              5585672 96bbad348459
+hammer-cloned-v0           676007664 a645a67b7bc2   hammer-expert-v0           555652333 1e51edf95b00
+hammer-human-v1              5606475 3e42f3f49b5c   hammer-cloned-v1           446616879 e48d75b159bd
+hammer-expert-v1           557047483 1c069a0f6e48   door-human-v0                3118318 9df6345e28fc
+door-cloned-v0             631681308 829cd0cd312a   door-expert-v0             535876867 a6e6c29985ca
+door-human-v1                3121206 f9691288c3dd   door-cloned-v1             294356136 1f6a60ecc4d2
+door-expert-v1             536056678 66df4cd4e0a1
+""".split()  # name, bytes, start of the SHA-256 (tensorflow_datasets checksums.tsv); other files: none
+CHECKSUMS = {CHECKSUMS[i]: (int(CHECKSUMS[i + 1]), CHECKSUMS[i + 2]) for i in range(0, len(CHECKSUMS), 3)}
 
-REFERENCE = {  # (return at score 0, return at score 100), d4rl/infos.py: one pair per task, the same for every quality and version
+REFERENCE = {  # (return at score 0, return at score 100), d4rl/infos.py: the same for every quality and version
     "hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0), "walker2d": (1.629008, 4592.3),
     "ant": (-325.6, 3879.7), "antmaze": (0.0, 1.0), "kitchen": (0.0, 4.0),
     "maze2d-umaze-v1": (23.85, 161.86), "maze2d-umaze-dense-v1": (68.537689, 193.66285642381482),
@@ -95,10 +105,12 @@ REFERENCE = {  # (return at score 0, return at score 100), d4rl/infos.py: one pa
     "maze2d-large-v1": (6.7, 273.99), "maze2d-large-dense-v1": (30.569041, 303.4857382709002),
     "pen": (96.262799, 3076.8331017826877), "hammer": (-274.856578, 12794.134825156867),
     "door": (-56.512833, 2880.5693087298737), "relocate": (-6.425911, 4233.877797728884),
-    "pendulum-demo": (-1224.1, -152.9),  # ours: uniform random actions, best swing-up controller (data/make_pendulum.py)
-}  # fmt: skip
-ENV_IDS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4",
-           "hopper-demo": "Hopper-v5", "pendulum-demo": "Pendulum-v1"}  # fmt: skip  # -v4: the rewards and models of D4RL's -v2
+    "pendulum-demo": (-1224.1, -152.9),  # ours: random actions, best controller (data/make_pendulum.py --score)
+}
+ENV_IDS = {  # -v4 keeps the rewards and models of D4RL's -v2, -v5 does not (docs/data.md)
+    "hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4",
+    "hopper-demo": "Hopper-v5", "pendulum-demo": "Pendulum-v1",
+}
 DEMOS = ("pendulum-demo", "hopper-demo")
 MINARI_ID = re.compile(r"([\w-]+/)+[\w-]+-v\d+")
 
@@ -108,7 +120,7 @@ def _by_task(table: dict, name: str):
     return table.get(name, table.get(name.split("-")[0]))
 
 
-# --- datasets ----------------------------------------------------------------------------------------------------------------
+# --- datasets ---------------------------------------------------------------------------------------------
 @dataclass
 class Dataset:
     """Transitions in the order of the file. float32 but for `end`."""
@@ -133,12 +145,12 @@ class Dataset:
 
 
 def reward_scale(data: Dataset) -> float:
-    """1000 / (max return - min return): the rescaling of IQL (Kostrikov et al., 2022), used by DAC, Diffusion-DICE and SWG."""
+    """1000 / (max return - min return), IQL's rescaling (Kostrikov et al., 2022)."""
     returns = data.returns()
     span = float(returns.max() - returns.min())
     if not span > 0:
-        raise UserError(f"every episode of this dataset returns {float(returns[0]):g}: 1000 / (max - min return) is undefined; "
-                        "give --reward-scale none")  # fmt: skip
+        why = f"every episode of this dataset returns {float(returns[0]):g}: 1000 / (max - min return) is undefined"
+        raise UserError(f"{why}; give --reward-scale none")
     return 1000 / span
 
 
@@ -155,22 +167,23 @@ class Raw:
 
 
 def load_dataset(name: str, data_path: str | None = None, data_url: str | None = None) -> Dataset:
-    """The transitions of `name`, on the CPU.  data_path: a D4RL-format HDF5 file to use instead.  data_url: a mirror
-    (file or folder) instead of Berkeley.  Raises UserError for anything that the user can mend."""
-    return toy_dataset(name) if name in TOYS and not data_path else transitions(load_raw(name, data_path, data_url))
+    """The transitions of `name`, on the CPU.  data_path: a D4RL-format HDF5 file to use instead.  data_url: a
+    mirror (file or folder) instead of Berkeley.  Raises UserError for anything that the user can mend."""
+    if name in TOYS and not data_path:
+        return toy_dataset(name)
+    return transitions(load_raw(name, data_path, data_url))
 
 
 def load_raw(name: str, data_path: str | None = None, data_url: str | None = None) -> Raw:
     """The stored rows of `name`, time-outs included: what trajectory models train on."""
-    known = (*FILES, *DEMOS, *TOYS)
     if data_path:
-        if name not in known and not MINARI_ID.fullmatch(name) and name not in gym.registry:
+        if name not in (*FILES, *DEMOS, *TOYS, *gym.registry) and not MINARI_ID.fullmatch(name):
             raise unknown_name(name)
         return read_hdf5(Path(data_path).expanduser(), horizon(name))
     if name in DEMOS:
         path = Path(__file__).parent / "data" / f"{name}.hdf5"
         if not path.exists():
-            raise UserError(f"{path} is missing: it is part of the repository; copy data/ beside common.py, or give --data-path")
+            raise UserError(f"{path} is missing: copy the repository's data/ beside common.py, or give --data-path")
         return read_hdf5(path)
     if name in FILES:
         return read_hdf5(fetch(name, data_url), horizon(name))
@@ -181,9 +194,9 @@ def load_raw(name: str, data_path: str | None = None, data_url: str | None = Non
 
 def unknown_name(name: str) -> UserError:
     known = (*FILES, *DEMOS, *TOYS)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["pendulum-demo", "hopper-medium-v2", "bandit-moons"]
-    return UserError(f"unknown --env {name!r}; nearest names: {', '.join(near)}. Also: Minari ids (mujoco/hopper/medium-v0), "
-                     "and any gymnasium id together with --data-path")  # fmt: skip
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [*DEMOS, "hopper-medium-v2", "bandit-moons"]
+    also = "Minari ids (mujoco/hopper/medium-v0), and gymnasium ids together with --data-path"
+    return UserError(f"unknown --env {name!r}; nearest names: {', '.join(near)}. Also: {also}")
 
 
 def horizon(name: str) -> int:
@@ -195,8 +208,8 @@ def horizon(name: str) -> int:
 
 
 def read_hdf5(path: Path, horizon: int = 1000) -> Raw:
-    """A D4RL-format file: observations (N, S), actions (N, A), rewards, terminals and perhaps timeouts (N,) or (N, 1)."""
-    want = "expected a D4RL-format HDF5 file with observations (N, S), actions (N, A), rewards (N,), terminals (N,)"
+    """A D4RL-format file: observations (N, S), actions (N, A), rewards, terminals, perhaps timeouts: (N,) or (N, 1)."""
+    want = "expected a D4RL file with observations (N, S), actions (N, A), rewards (N,), terminals (N,)"
     if not path.is_file():
         raise UserError(f"no such file: {path}; {want}")
     try:
@@ -205,13 +218,14 @@ def read_hdf5(path: Path, horizon: int = 1000) -> Raw:
             if missing:
                 raise UserError(f"{path} has no {', '.join(missing)} (it has {', '.join(file) or 'nothing'}); {want}")
             s, a = (file[k][()].astype(np.float32) for k in ("observations", "actions"))
-            r, terminal = (np.squeeze(file[k][()].astype(np.float32), -1) if file[k].ndim == 2 else
-                           file[k][()].astype(np.float32) for k in ("rewards", "terminals"))  # fmt: skip
+            r, terminal = (file[k][()].astype(np.float32) for k in ("rewards", "terminals"))
+            r, terminal = (x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x for x in (r, terminal))
             timeout = file["timeouts"][()].astype(bool).reshape(-1) if "timeouts" in file else None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): truncated or not HDF5; {want}") from error
+        why = f"cannot read {path} ({str(error).splitlines()[0]})"
+        raise UserError(f"{why}: truncated, not HDF5 or not numbers; {want}") from error
     shapes = f"observations {s.shape}, actions {a.shape}, rewards {r.shape}, terminals {terminal.shape}"
-    if s.ndim != 2 or a.ndim != 2 or not len(s) == len(a) == len(r) == len(terminal) or r.ndim != 1 or terminal.ndim != 1:
+    if (s.ndim, a.ndim, r.ndim, terminal.ndim) != (2, 2, 1, 1) or len({len(s), len(a), len(r), len(terminal)}) > 1:
         raise UserError(f"{path}: shapes do not fit together: {shapes}; {want}")
     if timeout is not None and len(timeout) != len(s):
         raise UserError(f"{path}: timeouts has {len(timeout)} rows, the other arrays {len(s)}; {want}")
@@ -220,7 +234,8 @@ def read_hdf5(path: Path, horizon: int = 1000) -> Raw:
     for key, x in (("observations", s), ("actions", a), ("rewards", r), ("terminals", terminal)):
         if not np.isfinite(x).all():
             rows = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
-            raise UserError(f"{path}: {key} has NaN or infinity in {rows} of {len(x)} rows; expected finite numbers: remove them")
+            why = f"{path}: {key} has NaN or infinity in {rows} of {len(x)} rows"
+            raise UserError(f"{why}; expected finite numbers: remove these rows")
     if timeout is None:
         timeout = timeouts_by_horizon(terminal > 0, horizon)
     outside = (np.abs(a) > 1 + 1e-5).any(1).mean()
@@ -230,7 +245,8 @@ def read_hdf5(path: Path, horizon: int = 1000) -> Raw:
 
 
 def timeouts_by_horizon(terminal: np.ndarray, horizon: int) -> np.ndarray:
-    """(N,) bool: d4rl.qlearning_dataset's rule for files without time-outs, its counter started at 1 after a terminal included."""
+    """(N,) bool: d4rl.qlearning_dataset's rule for files without time-outs; as there, the count starts at 1 after a
+    terminal row and at 0 after a time-out."""
     timeout, step = np.zeros(len(terminal), bool), 0
     for i in range(len(terminal)):
         timeout[i] = step == horizon - 1
@@ -239,13 +255,13 @@ def timeouts_by_horizon(terminal: np.ndarray, horizon: int) -> np.ndarray:
 
 
 def transitions(raw: Raw) -> Dataset:
-    """d4rl.qlearning_dataset to the row (terminate_on_end=False): the last row of the file and every row at a time-out are
-    dropped, s_next is the next stored observation.  With true successors (Minari) every row is kept."""
+    """d4rl.qlearning_dataset to the row (terminate_on_end=False): the last row of the file and every row at a
+    time-out are dropped, s_next is the next stored observation.  With true successors (Minari) every row is kept."""
     n = len(raw.s)
     keep = np.ones(n, bool) if raw.s_next is not None else np.append(~raw.timeout[:-1], False)
     row = np.flatnonzero(keep)
     if not len(row):
-        raise UserError("no transition is left after dropping the rows at time-outs and the last row; expected episodes of 2 or more")
+        raise UserError("no transition is left without the rows at time-outs and the last row; expected longer ones")
     s_next = raw.s_next if raw.s_next is not None else np.roll(raw.s, -1, 0)  # row i -> s[i + 1]
     end = raw.terminal[row] | raw.timeout[row] | (np.diff(row, append=n + 1) != 1)
     end[-1] = True
@@ -254,8 +270,8 @@ def transitions(raw: Raw) -> Dataset:
 
 
 def fetch(name: str, data_url: str | None = None) -> Path:
-    """The D4RL file of `name` in the cache ($D4RL_DATASET_DIR, else ~/.d4rl/datasets), downloaded if it is not there.
-    The download is checked (size and SHA-256 where they are known, else that HDF5 can open it) before it gets its name."""
+    """The D4RL file of `name` in the cache ($D4RL_DATASET_DIR, else ~/.d4rl/datasets), downloaded if it is not
+    there: into a folder beside it, checked (size and SHA-256 where known, and that HDF5 opens it), then renamed."""
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets").expanduser()
     path = cache / FILES[name].rsplit("/", 1)[1]
     if path.is_file():
@@ -269,7 +285,7 @@ def fetch(name: str, data_url: str | None = None) -> Path:
     timeout = socket.getdefaulttimeout()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as folder:  # same disk: the last step is a rename
+        with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as folder:  # same disk, so a rename will do
             part = Path(folder) / path.name
             socket.setdefaulttimeout(float(os.environ.get("D4RL_TIMEOUT", 60)))  # seconds without a byte
             torch.hub.download_url_to_file(url, str(part))
@@ -280,19 +296,20 @@ def fetch(name: str, data_url: str | None = None) -> Path:
             h5py.File(part, "r").close()
             os.replace(part, path)
     except (urllib.error.URLError, OSError, ValueError, RuntimeError) as error:
-        code = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else str(error).splitlines()[0]
-        raise UserError(f"could not download {name} from {url}: {code}. Nothing was kept; {way_out}") from error
+        http = isinstance(error, urllib.error.HTTPError)
+        why = f"HTTP {error.code} {error.reason}" if http else str(error).splitlines()[0]
+        raise UserError(f"could not download {name} from {url}: {why}. Nothing was kept; {way_out}") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return path
 
 
 def _sha256(path: Path) -> str:
-    import hashlib
-
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
-            hashlib.sha256(file.read()).hexdigest())  # fmt: skip
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @cache
@@ -302,41 +319,44 @@ def minari_dataset(name: str):
 
     try:
         return minari.load_dataset(name, download=name not in minari.list_local_datasets())
-    except Exception as error:  # minari lets the errors of every layer below it through: HTTP, Hugging Face, JSON, h5py
-        raise UserError(f"Minari dataset {name!r} is neither in the local store nor to be had ({str(error).splitlines()[0]}); "
-                        "see `minari list remote` for ids and check the network") from error  # fmt: skip
+    except Exception as error:  # minari lets the errors of all layers below through: HTTP, Hugging Face, JSON, h5py
+        why = f"Minari dataset {name!r} is not in the local store and could not be downloaded"
+        hint = "`minari list remote` prints the ids; check the network"
+        raise UserError(f"{why} ({(str(error) or type(error).__name__).splitlines()[0]}); {hint}") from error
 
 
 def _flat(observations) -> np.ndarray:
-    """Goal tasks store dicts: achieved_goal, observation, desired_goal are put side by side, in this order."""
+    """Goal tasks store dicts: achieved_goal, observation, desired_goal side by side, in this order."""
     if not isinstance(observations, dict):
         return np.asarray(observations, np.float32)
-    keys = [k for k in ("achieved_goal", "observation", "desired_goal") if k in observations] or sorted(observations)
+    keys = [k for k in ("achieved_goal", "observation", "desired_goal") if k in observations]
     return np.concatenate([np.asarray(observations[k], np.float32) for k in keys], -1)
 
 
 def read_minari(name: str) -> Raw:
-    """Every row of a Minari dataset with its true successor; actions scaled from the bounds of the action space to [-1, 1]."""
+    """Every row of a Minari dataset with its true successor; actions scaled from the space's bounds to [-1, 1]."""
     data = minari_dataset(name)
     episodes = list(data.iterate_episodes())
     s = [_flat(e.observations) for e in episodes]  # (T + 1, S) each
     space = data.action_space
     if not isinstance(space, gym.spaces.Box) or not np.isfinite([space.low, space.high]).all():
-        raise UserError(f"Minari dataset {name!r} has the action space {space}; expected bounded continuous actions")
+        raise UserError(f"Minari dataset {name!r} has actions in {space}; expected bounded continuous ones")
     a = np.concatenate([e.actions for e in episodes])
     a = np.clip(2 * (a - space.low) / (space.high - space.low) - 1, -1, 1)
-    r, terminal, timeout = (np.concatenate([getattr(e, k) for e in episodes]) for k in ("rewards", "terminations", "truncations"))
-    timeout[np.cumsum([len(x) - 1 for x in s]) - 1] |= True  # an episode that ends without a flag ends all the same
-    return Raw(np.concatenate([x[:-1] for x in s]), a.astype(np.float32), r.astype(np.float32), terminal.astype(bool),
-               timeout & ~terminal.astype(bool), np.concatenate([x[1:] for x in s]))  # fmt: skip
+    r = np.concatenate([e.rewards for e in episodes])
+    terminal = np.concatenate([e.terminations for e in episodes]).astype(bool)
+    timeout = np.zeros(len(r), bool)
+    timeout[np.cumsum([len(e.rewards) for e in episodes]) - 1] = True  # the last row of every episode, flagged or not
+    s, s_next = np.concatenate([x[:-1] for x in s]), np.concatenate([x[1:] for x in s])
+    return Raw(s, a.astype(np.float32), r.astype(np.float32), terminal, timeout & ~terminal, s_next)
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------
 def make_env(name: str, eval_env: str | None = None) -> gym.Env:
     """The task that `name` is evaluated in: flat observations, actions in [-1, 1].  eval_env: another gymnasium id."""
     task = eval_env or _by_task(ENV_IDS, name)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*out of date.*")  # -v4 is deliberate: it keeps the rewards of D4RL's -v2
+        warnings.filterwarnings("ignore", ".*out of date.*")  # -v4 is deliberate
         try:
             if task is None and name in FILES:
                 import d4rl_envs  # antmaze, maze2d, kitchen, adroit
@@ -347,14 +367,16 @@ def make_env(name: str, eval_env: str | None = None) -> gym.Env:
             else:
                 env = gym.make(task or name)
         except (gym.error.Error, ImportError) as error:
-            missing = "d4rl_envs" in str(error)
-            hint = "d4rl_envs.py must stand beside common.py" if missing else "install requirements.txt, or give --eval-env"
-            raise UserError(f"cannot make the evaluation task of {name!r} ({str(error).splitlines()[0]}); {hint}") from error
+            hint = "install requirements.txt, or give --eval-env"
+            if "d4rl_envs" in str(error):
+                hint = "d4rl_envs.py must stand beside common.py"
+            why = f"cannot make the evaluation task of {name!r} ({str(error).splitlines()[0]})"
+            raise UserError(f"{why}; {hint}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
-        low = _flat({k: v.low for k, v in env.observation_space.items()})
-        env = gym.wrappers.TransformObservation(env, _flat, gym.spaces.Box(-np.inf, np.inf, low.shape, np.float32))
+        shape = _flat({k: v.low for k, v in env.observation_space.items()}).shape
+        env = gym.wrappers.TransformObservation(env, _flat, gym.spaces.Box(-np.inf, np.inf, shape, np.float32))
     if not isinstance(env.action_space, gym.spaces.Box):
-        raise UserError(f"the task of {name!r} has the action space {env.action_space}; expected continuous actions (a Box)")
+        raise UserError(f"the task of {name!r} has actions in {env.action_space}; expected continuous ones (a Box)")
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return env
@@ -373,15 +395,15 @@ def reference(name: str) -> tuple[float, float] | None:
 
 
 def normalized_score(name: str, returns: np.ndarray) -> np.ndarray | None:
-    """100 (R - R_0) / (R_100 - R_0) for each return, the scale of every D4RL table; None without reference scores."""
+    """100 (R - R_0) / (R_100 - R_0) for each return, the scale of all D4RL tables; None without references."""
     pair = reference(name)
     return None if pair is None else 100 * (np.asarray(returns) - pair[0]) / (pair[1] - pair[0])
 
 
-# --- toys: one-step tasks with a constant state, two-dimensional actions and a known reward ------------------------------------
+# --- toys: one-step tasks, constant state, two-dimensional actions, known reward ---------------
 @dataclass
 class Toy:
-    """draw(n, generator) -> (n, 2) points and (n,) rewards, in the units of the source; a = point / scale lies in [-1, 1]."""
+    """draw(n, generator) -> (n, 2) points and (n,) rewards, in the units of the paper; a = point / scale."""
 
     draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
     reward: Callable[[Tensor], Tensor]  # (n, 2) actions a -> (n,) mean reward, anywhere in the plane
@@ -417,7 +439,7 @@ def _shifted(x: Tensor) -> Tensor:
 
 
 def _ring_reward(a: Tensor) -> Tensor:
-    """Diffusion-DICE Fig. 2, read from the figure to +-0.05: peaks 0.8 at radius 0.25 and 1 at radius 1; -1 beyond 1.5."""
+    """Diffusion-DICE Fig. 2, as read from the figure: peaks 0.8 at radius 0.25 and 1 at radius 1, -1 beyond 1.5."""
     r = 1.5 * a.norm(dim=-1)
     inner, outer = 0.8 - 7.2 * (r - 0.25).abs(), 1 - 4 * (r - 1).abs()
     return torch.where(r < 0.5, inner, torch.where(r <= 1.5, outer, -torch.ones_like(r)))
@@ -452,31 +474,38 @@ def _spiral_reward(a: Tensor) -> Tensor:
     return (1 - theta[d.argmin(-1)] / 10).clamp(0, 1)
 
 
-_MODES = 4 / 1.414 * torch.tensor([(math.sin(k * math.pi / 4) * -1, math.cos(k * math.pi / 4)) for k in range(8)])
+_MODES = 4 / 1.414 * torch.tensor([(-math.sin(k * math.pi / 4), math.cos(k * math.pi / 4)) for k in range(8)])
 
 
 def _eight(n: int, g: torch.Generator):
-    """SWG Fig. 3: modes k = 0..7 on a circle of radius 4, from (0, 1) counter-clockwise; everything / 1.414; E = k / 7."""
+    """SWG Fig. 3: modes k = 0..7 on a circle of radius 4, from (0, 1) counter-clockwise; all / 1.414; E = k / 7."""
     k = torch.randint(8, (n,), generator=g)
     return _MODES[k] + 0.5 / 1.414 * torch.randn(n, 2, generator=g), k / 7
 
 
+def _eight_reward(a: Tensor) -> Tensor:
+    """E of the nearest mode."""
+    return torch.cdist(4.5 * a, _MODES.to(a.device)).argmin(-1) / 7
+
+
+_MOONS = torch.cat([_circle(20, turn=math.pi, endpoint=True), _circle(20, turn=math.pi, endpoint=True)])
+_MOONS[20:] = torch.tensor([1.0, 0.5]) - _MOONS[20:]  # scikit-learn's make_moons(40)
+_CIRCLES = torch.cat([_circle(20), _circle(20, radius=0.8)])  # make_circles(40)
 TOYS = {
     "bandit-two": _bandit(torch.tensor([(-0.6, 0.6), (0.4, 0.2)]), 800, 0.1),
     "bandit-three": _bandit(torch.tensor([(-0.6, 0.6), (0.4, 0.4), (-0.4, -0.4)]), 1200, 0.1),
-    "bandit-moons": _bandit(_shifted(torch.cat([  # scikit-learn's make_moons(40)
-        _circle(20, turn=math.pi, endpoint=True), torch.tensor([1.0, 0.5]) - _circle(20, turn=math.pi, endpoint=True)])), 400, 0.05),
-    "bandit-circles": _bandit(_shifted(torch.cat([_circle(20), _circle(20, 0.8)])), 400, 0.05),  # make_circles(40)
+    "bandit-moons": _bandit(_shifted(_MOONS), 400, 0.05),
+    "bandit-circles": _bandit(_shifted(_CIRCLES), 400, 0.05),
     "bandit-ring": Toy(_ring, _ring_reward, 1500, scale=1.5),
     "toy-spiral": Toy(_spiral, _spiral_reward, 1_000_000, scale=4.5),
-    "toy-8gaussians": Toy(_eight, lambda a: torch.cdist(4.5 * a, _MODES.to(a.device)).argmin(-1) / 7, 1_000_000, scale=4.5),
-}  # fmt: skip
+    "toy-8gaussians": Toy(_eight, _eight_reward, 1_000_000, scale=4.5),
+}
 
 
 @cache
 def toy_dataset(name: str) -> Dataset:
-    """One-step episodes from state 0.  Where the reward is noisy each of the toy's rows stands 250 times, every time with a
-    new draw of the noise: what a minibatch sees is a fresh reward for an old action."""
+    """One-step episodes from state 0.  [D3] Where the reward is noisy each of the toy's rows stands 250 times,
+    every time with a new draw of the noise: what a minibatch sees is a fresh reward for an old action."""
     toy, g = TOYS[name], torch.Generator().manual_seed(0)
     x, r = toy.draw(toy.rows, g)
     a = (x / toy.scale).clamp(-1, 1)
@@ -488,13 +517,13 @@ def toy_dataset(name: str) -> Dataset:
 
 
 def tilted_samples(name: str, n: int, beta: float, seed: int = 0, pool: int = 1_000_000) -> Tensor:
-    """(n, 2) exact samples of p(a) ~ p_data(a) exp(beta r(a)), r the mean reward: fresh draws of the toy's data, resampled."""
+    """(n, 2) exact samples of p(a) ~ p_data(a) exp(beta r(a)), r the mean reward: fresh draws, resampled."""
     g = torch.Generator().manual_seed(seed)
     x, r = TOYS[name].draw(pool, g)
     return x[torch.multinomial((beta * r).softmax(0), n, generator=g)] / TOYS[name].scale
 
 
-# --- diffusion schedules -------------------------------------------------------------------------------------------------------
+# --- diffusion schedules ----------------------------------------------------------------------------------
 @dataclass
 class Schedule:
     """Discrete schedule of T steps.  Index 0 is "no noise": alpha_bar[0] = 1, so t runs over 1..T as in the papers.
@@ -515,13 +544,13 @@ def _schedule(beta: Tensor) -> Schedule:
 
 
 def vp_schedule(T: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Schedule:
-    """alpha_t = exp(-beta_min/T - (beta_max - beta_min)(2t - 1) / (2 T^2)); alpha_bar_T is the same for every T (DAC, SWG)."""
+    """alpha_t = exp(-beta_min/T - (beta_max - beta_min)(2t - 1) / (2 T^2)); alpha_bar_T is the same for all T."""
     t = torch.arange(1, T + 1, dtype=torch.float64)
     return _schedule(1 - torch.exp(-beta_min / T - 0.5 * (beta_max - beta_min) * (2 * t - 1) / T**2))
 
 
 def cosine_schedule(T: int, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
-    """Nichol & Dhariwal (2021) Eq. (17): alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), beta clipped."""
+    """Nichol & Dhariwal (2021) Eq. (17): alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
     return _schedule((1 - f[1:] / f[:-1]).clamp(max=max_beta))
 
@@ -533,8 +562,8 @@ def linear_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 2e-2) ->
 
 @dataclass
 class VPSDE:
-    """Continuous-time VP-SDE (Song et al., 2021), t in (0, 1]:  a_t = alpha(t) a_0 + sigma(t) eps.  Here alpha is the
-    signal scale itself (the square root of a discrete alpha_bar), and lambda = log(alpha / sigma) the half log-SNR."""
+    """Continuous-time VP-SDE (Song et al., 2021), t in (0, 1]:  a_t = alpha(t) a_0 + sigma(t) eps.  Here alpha is
+    the signal scale itself (the root of a discrete alpha_bar); lambda = log(alpha / sigma), the half log-SNR."""
 
     b0: float = 0.1
     b1: float = 20.0
@@ -558,7 +587,7 @@ class VPSDE:
 
 
 def edm_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """(N + 1,) float64 noise levels of EDM (Karras et al., 2022) Eq. (5), from sigma_max down to sigma_min, then 0."""
+    """(N + 1,) float64 noise levels of EDM (Karras et al., 2022) Eq. (5): sigma_max down to sigma_min, then 0."""
     i = torch.arange(N, dtype=torch.float64) / (N - 1)
     sigma = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigma, sigma.new_zeros(1)])

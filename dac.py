@@ -1,14 +1,14 @@
 """DAC: Diffusion Actor-Critic (Fang et al., ICLR 2025, arXiv 2405.20555).
 
-Offline RL as constrained policy iteration: maximise Q under KL(pi || behaviour) <= eps. The solution pi* ~ pi_b exp(Q / eta)
-is written as a target for the noise of a diffusion model, so the actor is trained by plain regression on dataset actions plus
-one gradient of Q with respect to its input; nothing is back-propagated through the denoising chain. docs/dac.md states the
-equations (1)-(5) in full.
+Offline RL as constrained policy iteration: maximise Q under KL(pi || behaviour) <= eps_b. The solution
+pi* ~ pi_b exp(Q / eta) is written as a target for the noise of a diffusion model, so the actor is trained by
+plain regression on dataset actions plus one gradient of Q with respect to its input; nothing is back-propagated
+through the denoising chain. docs/dac.md states equations (1)-(5).
 
-    actor    eps_theta(s, x_t, t)  eta ||eps_theta - eps||^2 + sqrt(1 - ab_t) <eps_theta, grad Q>  Eq. (5)  actor_loss
-    eta      Lagrange multiplier   eta <- eta + eta_lr (bc - b)                                    dual     dual_step
-    critic   Q_1..Q_H(s, a)        y = r + gamma (1 - terminal) LCB_h[ Qbar_h(s', a') ]            LCB      critic_target
-    act      N_a samples of the diffusion model, argmax of the ensemble mean                                make_act
+    actor   eps_theta(s, x_t, t)  eta ||eps_theta - eps||^2 + sqrt(1 - ab_t) <eps_theta, grad Q>  actor_loss (5)
+    eta     Lagrange multiplier   eta <- eta + eta_lr (bc - b),  bc the noise error               dual_step
+    critic  Q_1..Q_H(s, a)        y = r + gamma (1 - terminal) LCB_h[ Qbar_h(s', a') ]            critic_target
+    act     N_a samples of the diffusion model, argmax of the ensemble mean                       make_act
 
 Differences from the authors' code, each tagged where it happens (reasons and effects: docs/dac.md):
   [D1] minibatches are drawn with replacement, not by shuffled passes
@@ -38,6 +38,7 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -88,7 +89,7 @@ class Args:
     save_every: int | None = None
     """steps between two checkpoints (preset: 50000)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the update; auto: on CUDA, and on a CPU if a C++ compiler is found and steps >= 100,000"""
+    """torch.compile the update; auto: on CUDA, and on a CPU with a C++ compiler if steps >= 100,000"""
     graph: Literal["auto", "on", "off"] = "auto"
     """record the update once as a CUDA graph and replay it; auto: on CUDA"""
 
@@ -104,7 +105,7 @@ class Args:
     hidden: tuple[int, ...] | None = None
     """widths of the hidden layers of actor and critics (paper: 256 256 256)"""
     guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
-    """how Q steers the noise target: soft = Eq. (5); hard, denoised = the paper's ablations; none = cloning"""
+    """how Q steers the noise: soft = Eq. (5); hard, denoised = the paper's ablations; none = cloning"""
     eta: float | None = None
     """eta, or its start where eta_lr > 0: weight of the behaviour term in Eq. (5)"""
     eta_lr: float | None = None
@@ -143,12 +144,12 @@ class Args:
     """range: r <- 1000 r / (max return - min return), the paper's rule; none: as stored"""
 
 
-SAMPLING = ("N_a", "temperature", "clip_x0")  # --eval-only takes these from the command line, the rest from the run
+SAMPLING = ("N_a", "temperature", "clip_x0")  # what --eval-only takes from the command line
 PAPER = dict(
-    steps=2_000_000, batch_size=256, T=5, hidden=(256, 256, 256), eta=1.0, eta_lr=1e-3, b=1.0, H=10, N=10, rho=1.0,
-    next_value="mean", N_a=10, temperature=0.0, clip_x0=True, actor_lr=3e-4, critic_lr=3e-4, ema_after=1000,
-    reward_scale="range", log_every=1000, eval_every=10_000,
-    eval_episodes=10, final_episodes=100, save_every=50_000,
+    steps=2_000_000, batch_size=256, T=5, hidden=(256, 256, 256), eta=1.0, eta_lr=1e-3, b=1.0, H=10, N=10,
+    rho=1.0, next_value="mean", N_a=10, temperature=0.0, clip_x0=True, actor_lr=3e-4, critic_lr=3e-4,
+    ema_after=1000, reward_scale="range", log_every=1000, eval_every=10_000, eval_episodes=10,
+    final_episodes=100, save_every=50_000,
 )
 _ANTMAZE = dict(eta=0.1, eta_lr=0.0, rho=1.0, next_value="max")
 _BANDIT = dict(
@@ -172,7 +173,7 @@ PRESETS = {  # what differs from PAPER: docs/dac.md says where each value comes 
     "hopper-demo": dict(  # ours, sized for minutes on a CPU
         steps=60_000, batch_size=128, hidden=(128, 128), H=2, N=1, b=0.1, eval_every=5000, save_every=5000),
     **{toy: _BANDIT for toy in TOYS},
-}  # fmt: skip
+}
 
 
 def resolve(args: Args) -> Args:
@@ -182,7 +183,8 @@ def resolve(args: Args) -> Args:
     positive = """steps batch_size T H N N_a log_every eval_every eval_episodes final_episodes save_every
                   eta actor_lr critic_lr grad_clip ema_every""".split()
     rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
-    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in "seed eta_lr b rho temperature ema_after".split()]
+    natural = "seed eta_lr b rho temperature ema_after".split()
+    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural]
     rules += [
         ("discount", "in [0, 1]", 0 <= args.discount <= 1),
         ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
@@ -194,15 +196,15 @@ def resolve(args: Args) -> Args:
     return args
 
 
-# --- networks -----------------------------------------------------------------------------------------------
+# --- networks ---------------------------------------------------------------------------------------------
 class NoiseNet(nn.Module):
-    """eps_theta(s, x_t, t): MLP on [s, x_t, time], Mish between layers. Glorot-uniform weights, zero biases."""
+    """eps_theta(s, x_t, t): MLP on [s, x_t, time], Mish between.  Glorot-uniform weights, zero biases."""
 
     def __init__(self, S: int, A: int, hidden: tuple[int, ...]):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 32))
         sizes = (S + A + 32, *hidden, A)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
         self.register_buffer("freq", torch.exp(-math.log(10_000) * torch.arange(8) / 7), persistent=False)
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -219,12 +221,12 @@ class NoiseNet(nn.Module):
 
 
 class Critics(nn.Module):
-    """Q_1..Q_H: H independent MLPs on [s, a], one batched matrix product per layer; initialised as NoiseNet is."""
+    """Q_1..Q_H: H independent MLPs on [s, a], one batched product per layer; initialised as NoiseNet is."""
 
     def __init__(self, S: int, A: int, hidden: tuple[int, ...], H: int):
         super().__init__()
         sizes = (S + A, *hidden, 1)
-        self.weights = nn.ParameterList(torch.empty(H, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.weights = nn.ParameterList(torch.empty(H, i, o) for i, o in pairwise(sizes))
         self.biases = nn.ParameterList(torch.zeros(H, 1, o) for o in sizes[1:])
         for w in self.weights:
             for head in w:
@@ -238,7 +240,7 @@ class Critics(nn.Module):
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)), with one exponential instead of three functions where that is faster (docs/speed.md):
+    """x tanh(softplus(x)), with one exponential instead of three functions where faster (docs/speed.md):
     compiled  x n / (n + 2),  n = e^x (e^x + 2);   on a CPU without gradients  x - 2 x / (1 + (1 + e^x)^2),
     in blocks that stay in cache, overwriting x."""
     if torch.compiler.is_compiling():
@@ -253,7 +255,7 @@ def mish(x: Tensor) -> Tensor:
     return x
 
 
-# --- losses: pure functions, all randomness is an argument --------------------------------------------------
+# --- losses: pure functions, all randomness is an argument ------------------------------------------------
 def diffuse(a: Tensor, t: Tensor, eps: Tensor, sched) -> Tensor:
     """Forward process:  x_t = sqrt(ab_t) a + sqrt(1 - ab_t) eps.   a, eps (B, A), t (B,)"""
     ab = sched.alpha_bar[t, None]  # (B, 1)
@@ -266,14 +268,14 @@ def value_scale(q: Tensor) -> Tensor:
 
 
 def value_gradient(critics: Critics, s: Tensor, x_t: Tensor, C: Tensor) -> Tensor:
-    """g = grad_{x_t} [ mean_h Qbar_h(s, x_t) ] / C  (B, A): of the ensemble mean, at the noisy, unclipped x_t."""
+    """g = grad_{x_t} [ mean_h Qbar_h(s, x_t) ] / C,  (B, A), at the noisy and unclipped x_t."""
     x_t = x_t.detach().requires_grad_()
     return torch.autograd.grad(critics(s, x_t).mean(0).sum(), x_t)[0] / C
 
 
 def actor_loss(e: Tensor, eps: Tensor, g: Tensor, t: Tensor, eta: Tensor, sched, guidance: str):
     """Eq. (5):  eta ||e - eps||^2 + sqrt(1 - ab_t) <e, g>,  both as means over (B, A);  its minimiser is
-    e = eps - sqrt(1 - ab_t) g / (2 eta).  hard drops the factor sqrt(1 - ab_t).  Returns (loss, bc, guidance)."""
+    e = eps - sqrt(1 - ab_t) g / (2 eta).  hard drops sqrt(1 - ab_t).  Returns (loss, bc, guidance)."""
     bc = (e - eps).square().mean()
     factor = (1 - sched.alpha_bar[t, None]).sqrt() if guidance == "soft" else 1.0  # (B, 1)
     push = (factor * g * e).mean()  # minimised: e moves along -g, the denoised action along +g
@@ -281,20 +283,20 @@ def actor_loss(e: Tensor, eps: Tensor, g: Tensor, t: Tensor, eta: Tensor, sched,
 
 
 def denoised_guidance(q: Tensor, C: Tensor) -> Tensor:
-    """Ablation as in Diffusion-QL:  - mean_{h,B} Qbar_h(s, a_hat) / C,  a_hat from a whole reverse chain.  q (H, B)"""
+    """As in Diffusion-QL:  - mean_{h,B} Qbar_h(s, a_hat) / C,  a_hat from a whole reverse chain.  q (H, B)"""
     return -q.mean() / C
 
 
 def dual_step(eta: Tensor, bc: Tensor, b: float, eta_lr: float) -> Tensor:
-    """eta <- clip( eta + eta_lr clip(bc - b, -1, 1), 0.001, 100 ):  grows while the policy is too far from the data."""
+    """eta <- clip( eta + eta_lr clip(bc - b, -1, 1), 0.001, 100 ):  grows while bc exceeds its bound b."""
     return (eta + eta_lr * (bc - b).clamp(-1, 1)).clamp(0.001, 100)
 
 
 def critic_target(
     q: Tensor, r: Tensor, terminal: Tensor, discount: float, rho: float, target: str, next_value: str
 ) -> Tensor:
-    """y = r + gamma (1 - terminal) V,  V = mean_h v_h - rho std_h v_h  (population std),  v_h = mean or max over the
-    N next actions of Qbar_h(s', a'_n): over actions first, then over heads.   q (H, B, N) -> (B,)"""
+    """y = r + gamma (1 - terminal) V,  V = mean_h v_h - rho std_h v_h  (population std),  v_h = mean or max
+    over the N next actions of Qbar_h(s', a'_n): over actions first, then over heads.   q (H, B, N) -> (B,)"""
     v = q.mean(-1) if next_value == "mean" else q.amax(-1)  # (H, B)
     if target == "lcb":
         V = v.mean(0) - rho * v.std(0, correction=0)  # (B,)
@@ -308,17 +310,17 @@ def critic_loss(q: Tensor, y: Tensor) -> Tensor:
     return (q - y).square().mean()
 
 
-# --- sampler ------------------------------------------------------------------------------------------------
+# --- sampler ----------------------------------------------------------------------------------------------
 def sample(actor: NoiseNet, s: Tensor, x: Tensor, z: Tensor, sched, clip: bool = True) -> Tensor:
-    """Reverse chain t = T..1 with noise sqrt(beta_t), not the posterior's.  s (B, S);  x (B, A) start ~ N(0, I);
-    z (T + 1, B, A), row t the noise of step t.   Returns (B, A); with clip it lies in [-1, 1]."""
+    """Reverse chain t = T..1 with noise sqrt(beta_t), not the posterior's.  s (B, S);  x (B, A) start,
+    ~ N(0, I);  z (T + 1, B, A), row t the noise of step t.   Returns (B, A); with clip in [-1, 1]."""
     for t in range(sched.T, 0, -1):
         ab, ab_prev, alpha, beta = sched.alpha_bar[t], sched.alpha_bar[t - 1], sched.alpha[t], sched.beta[t]
         e = actor(s, x, torch.full((1,), t, device=x.device))
         x_0 = (x - (1 - ab).sqrt() * e) / ab.sqrt()
         if clip:
             x_0 = x_0.clamp(-1, 1)
-        x = (ab_prev.sqrt() * beta * x_0 + alpha.sqrt() * (1 - ab_prev) * x) / (1 - ab)  # mean; at t = 1 it is x_0
+        x = (ab_prev.sqrt() * beta * x_0 + alpha.sqrt() * (1 - ab_prev) * x) / (1 - ab)  # x_0 itself at t = 1
         if t > 1:
             x = x + beta.sqrt() * z[t]
     return x
@@ -347,7 +349,7 @@ def make_act(args: Args, actor: NoiseNet, critics_target: Critics, A: int, sched
     return act
 
 
-# --- one gradient step: eager = compiled = graphed ----------------------------------------------------------
+# --- one gradient step: eager = compiled = graphed --------------------------------------------------------
 @dataclass
 class Agent:
     """Everything that learning changes. `step` counts updates on the device, for the learning rate."""
@@ -382,8 +384,8 @@ def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
 
 
 def make_update(args: Args, agent: Agent, data, sched):
-    """update(): one step of the critic, its target, the actor and eta, in this order; draws on the device and returns
-    0-d tensors.  update_ema(): one step of the target actor, called by the loop when it is due."""
+    """update(): one step of the critic, its target, the actor and eta, in this order; draws on the device and
+    returns 0-d tensors.  update_ema(): one step of the target actor, called by the loop when it is due."""
     actor, critics, critics_target = agent.actor, agent.critics, agent.critics_target
     B, N, A, device = args.batch_size, args.N, data.a.shape[1], data.a.device
     one_step = bool(data.terminal.all())  # bandits: y = r, no next action is drawn
@@ -435,7 +437,8 @@ def make_update(args: Args, agent: Agent, data, sched):
                 bc_new = (actor(s, x_t, t) - eps).square().mean()
                 agent.eta.copy_(dual_step(agent.eta, bc_new, args.b, args.eta_lr))
         agent.step += 1
-        losses = {"critic": loss_q, "actor": loss_pi, "bc": bc, "guidance": push, "eta": agent.eta.clone(), "C": C}
+        losses = {"critic": loss_q, "actor": loss_pi, "bc": bc, "guidance": push, "C": C}
+        losses |= {"eta": agent.eta.clone()}
         losses |= {"q_mean": q.mean(), "q_std": q.std(0, correction=0).mean(), "grad_q": g.abs().mean()}
         lr = agent.actor_opt.param_groups[0]["lr"].clone()
         return {f"losses/{k}": v.detach() for k, v in losses.items()} | {"charts/lr": lr}
@@ -452,7 +455,7 @@ def average(target: nn.Module, source: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
-# --- running: the same text in all four scripts (tests/test_shared.py) ----------------------------------------
+# --- running: the same text in all four scripts (tests/test_shared.py) ------------------------------------
 class Graphed:
     """fn recorded once as a CUDA graph, then replayed. Every call is exactly one call of fn: the first ones run
     eagerly, on a side stream, until the allocator has settled. Inputs are copied into the recorded buffers."""
@@ -509,9 +512,9 @@ def pick_device(args) -> torch.device:
 
 @torch.no_grad()
 def evaluate(act, args, device: torch.device, episodes: int, stopped=lambda: False):
-    """(episodes,) undiscounted returns and (episodes,) lengths.  One environment per episode, all in lock step, one
-    batch of actions per step, each counted until its own first end.  Episode i starts from seed + i, the policy's
-    noise from seed: two policies face the same starts, and training randomness stays as it was.  [D4]"""
+    """(episodes,) undiscounted returns and (episodes,) lengths.  [D4] One environment per episode, all in lock
+    step, one batch of actions per step, each counted until its own first end.  Episode i starts from seed + i,
+    the policy's noise from seed: two policies face the same starts. Training randomness stays as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
         if args.env in TOYS:
@@ -536,8 +539,8 @@ def evaluate(act, args, device: torch.device, episodes: int, stopped=lambda: Fal
 
 
 def save(path: Path, state: dict, progress: dict, args) -> None:
-    """All that continuing bit for bit needs; loads with weights_only.  Atomic: the old file stays until the new one
-    is complete."""
+    """All that continuing bit for bit needs; loads with weights_only.  Atomic: the old file stays until the
+    new one is complete."""
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
@@ -588,12 +591,12 @@ def run_folder(args) -> Path:
 
 
 class Run:
-    """One run folder: arguments, losses, evaluations, checkpoints, result. `state` names all that learning changes,
-    `progress` where it stands: stage, step of that stage, stages done, seconds."""
+    """One run folder: arguments, losses, evaluations, checkpoints, result. `state` names all that learning
+    changes, `progress` where it stands: stage, step of that stage, stages done, seconds."""
 
     # a resumed run may change these, nothing else
-    FREE = """device data_path data_url eval_env run_dir resume overwrite eval_only log_every save_every compile
-              graph""".split()
+    FREE = """device data_path data_url eval_env run_dir resume overwrite eval_only log_every save_every
+              compile graph""".split()
 
     def __init__(self, args, state: dict, device: torch.device):
         self.args, self.state, self.device, self.folder = args, state, device, run_folder(args)
@@ -617,7 +620,8 @@ class Run:
             step = self.progress["step"]
             self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error.strerror}); give another --run-dir") from error
+            why = f"cannot write to {self.folder} ({error.strerror})"
+            raise UserError(f"{why}; give another --run-dir") from error
 
     def resume(self, path: Path) -> None:
         content = load(path, self.args.env)
@@ -694,7 +698,7 @@ class Run:
         for k, v in values.items():
             if not math.isfinite(v):
                 last = self.folder / "last.pt"
-                good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint before it"
+                good = f"last good checkpoint: {last}" if last.exists() else "there is no checkpoint yet"
                 where = f"{self.progress['stage']} step {self.progress['step']}"
                 raise UserError(f"{k} is {v} at {where}; {good}. Try smaller learning rates", code=1)
         return values
@@ -716,8 +720,8 @@ class Run:
         returns, lengths = evaluate(act, self.args, self.device, episodes, lambda: self.signal)
         scores = normalized_score(self.args.env, returns)
         for i in range(episodes):
+            row = {"step": step, "episode": i, "return": round(float(returns[i]), 4), "length": lengths[i]}
             score = "" if scores is None else round(float(scores[i]), 4)
-            row = {"step": step, "episode": i, "return": round(float(returns[i]), 4), "length": int(lengths[i])}
             self.rows.append(row | {"normalized_score": score})
         self.write_evaluations()
         text = f"return {returns.mean():.1f} +- {returns.std():.1f}"
@@ -735,7 +739,7 @@ class Run:
         return sorted({int(row["step"]) for row in self.rows})
 
     def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps, mean and standard deviation over episodes of every evaluation: of scores, else of returns."""
+        """Steps, mean and standard deviation over episodes of every evaluation: scores, else returns."""
         key = "normalized_score" if self.rows[0]["normalized_score"] != "" else "return"
         steps = self.evaluated()
         values = [[float(row[key]) for row in self.rows if int(row["step"]) == step] for step in steps]
@@ -783,18 +787,18 @@ def device_name(device: torch.device) -> str:
 
 def describe(args, device: torch.device) -> dict:
     """What args.json holds."""
-    here = str(Path(__file__).parent)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        git = ""
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     versions = {m.__name__: m.__version__ for m in (torch, np, gym)} | {"python": platform.python_version()}
-    about = {"versions": versions, "device": device_name(device), "git_commit": git or None, "command": sys.argv}
+    about = {"versions": versions, "device": device_name(device), "git_commit": commit, "command": sys.argv}
     return {"method": METHOD, "args": asdict(args)} | about
 
 
 def plot_curve(run: Run, data_average: float) -> None:
-    """curve.png: every evaluation (shade: one standard deviation over episodes), the dataset's average as a line."""
+    """curve.png: every evaluation (shade: one standard deviation over episodes), data average as a line."""
     import matplotlib.pyplot as plt
 
     steps, mean, std = run.curve()
@@ -811,8 +815,8 @@ def plot_curve(run: Run, data_average: float) -> None:
 
 
 def plot_toy(path: Path, env: str, data, value, samples: Tensor) -> None:
-    """samples.png: data coloured by mean reward; the learned value field, value: (n, 2) -> (n,); samples coloured by
-    reward, with the share of them that is off the data's support, where the toy has modes."""
+    """samples.png: data coloured by mean reward; the learned value field, value: (n, 2) -> (n,); samples
+    coloured by reward, with the share of them that is off the data's support, where the toy has modes."""
     import matplotlib.pyplot as plt
 
     toy, span = TOYS[env], torch.linspace(-1.5, 1.5, 121)
@@ -846,14 +850,15 @@ def check_task(args, data) -> None:
     if args.env in TOYS:
         return
     env = make_env(args.env, args.eval_env)
-    sizes, (S,), (A,) = (data.s.shape[1], data.a.shape[1]), env.observation_space.shape, env.action_space.shape
+    have = data.s.shape[1], data.a.shape[1]
+    want = *env.observation_space.shape, *env.action_space.shape
     env.close()
-    if sizes != (S, A):
+    if have != want:
         fix = "--env (or --eval-env) must name the task that the data comes from"
-        raise UserError(f"the data has {sizes[0]} observations and {sizes[1]} actions, the task {S} and {A}: {fix}")
+        raise UserError(f"the data has sizes (observation, action) {have}, the task {want}: {fix}")
 
 
-# --- main -----------------------------------------------------------------------------------------------------
+# --- main -------------------------------------------------------------------------------------------------
 def agent_state(agent: Agent) -> dict:
     return {f.name: getattr(agent, f.name) for f in fields(agent)}
 
@@ -879,7 +884,7 @@ def main(args: Args) -> None:
     run = Run(args, agent_state(agent), device)
     average = f"average return {returns.mean():.1f}"
     average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
-    print(f"{METHOD} {args.env}: {len(data)} transitions, {len(returns)} episodes, {average}, {device_name(device)}")
+    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
     print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
 
     update, update_ema = (accelerate(fn, args, device) for fn in make_update(args, agent, data, sched))
@@ -895,9 +900,12 @@ def main(args: Args) -> None:
 
     if args.env in TOYS:
         with torch.no_grad():
-            zeros = torch.zeros(121 * 121, 1, device=device)
-            samples = act(zeros[:2000])
-            plot_toy(run.folder / "samples.png", args.env, data, lambda a: agent.critics_target(zeros, a).mean(0), samples)
+            samples = act(torch.zeros(2000, 1, device=device))
+
+            def value(a):
+                return agent.critics_target(torch.zeros(len(a), 1, device=device), a).mean(0)
+
+            plot_toy(run.folder / "samples.png", args.env, data, value, samples)
     run.finish(float((returns if scores is None else scores).mean()))
     if args.env == "pendulum-demo":
         print("next: python dac.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
@@ -911,12 +919,12 @@ def seed_all(seed: int) -> None:
 
 
 def reevaluate(args: Args) -> None:
-    """--eval-only: the trained policy under the sampling settings of this command line; one row more in reeval.csv."""
+    """--eval-only: the trained policy under the sampling settings given here; one row more in reeval.csv."""
     content = load(run_folder(args) / "last.pt", args.env)
     trained = Args(**(content["args"] | {"hidden": tuple(content["args"]["hidden"])}))
     given = {k: getattr(args, k) for k in (*SAMPLING, "final_episodes", "eval_env")}
     given = {k: v for k, v in given.items() if v is not None}
-    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph="auto", eval_only=True))
+    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph="auto"))
     device = pick_device(args)
     sizes = [v.shape for v in content["state"]["actor"].values()]
     S_A, A = content["state"]["critics"]["weights.0"].shape[1], sizes[-1][0]
@@ -926,8 +934,9 @@ def reevaluate(args: Args) -> None:
 
     returns, lengths = evaluate(act, args, device, args.final_episodes)
     scores = normalized_score(args.env, returns)
-    row = {"env": args.env, "seed": args.seed, "step": progress["step"]} | {k: getattr(args, k) for k in SAMPLING}
-    row |= {"episodes": len(returns), "return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
+    row = {"env": args.env, "seed": args.seed, "step": progress["step"]}
+    row |= {k: getattr(args, k) for k in (*SAMPLING, "eval_env")} | {"episodes": len(returns)}
+    row |= {"return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
     row |= {"normalized_score": "" if scores is None else scores.mean()}
     row |= {"normalized_score_std": "" if scores is None else scores.std()}
     path = run_folder(args) / "reeval.csv"
