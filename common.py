@@ -108,6 +108,7 @@ REFERENCE = {  # (return at score 0, return at score 100), d4rl/infos.py: the sa
     "pendulum-demo": (-1224.1, -152.9),  # ours: random actions, best controller (data/make_pendulum.py --score)
 }
 ENV_IDS = {  # -v4 keeps the rewards and models of D4RL's -v2, -v5 does not (docs/data.md)
+    # [D5]
     "hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4",
     "hopper-demo": "Hopper-v5", "pendulum-demo": "Pendulum-v1",
 }

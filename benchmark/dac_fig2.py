@@ -1,10 +1,11 @@
 """DAC Fig. 2: diffusion cloning, denoised, hard and soft guidance on four two-dimensional bandits.
 
-    python benchmark/dac_fig2.py [--run-dir runs/fig2] [--jobs 2] [--seed 0]      writes docs/figures/dac_fig2.png, dac_fig2.csv
+    python benchmark/dac_fig2.py [--run-dir runs/fig2] [--jobs 2] [--seed 0]
 
-Trains the sixteen fits with the presets of dac.py (those that are already there are kept), draws the figure and prints for every
-panel the share of samples off the data's support (farther than 3 standard deviations from every mode) and the mean reward, over
-10,000 samples. Exact: the data distribution tilted by exp(r / (2 eta C)) at the final eta and C of the soft run.
+Trains the sixteen fits with the presets of dac.py (those that are already there are kept), draws docs/figures/dac_fig2.png
+and prints for every panel, over 10,000 samples, the share off the data's support (farther than 3 standard deviations from
+every mode), the mean reward and the energy distance to exact samples: the data distribution tilted by exp(r / (2 eta C))
+at the final eta and C of the soft run. The row `exact` has the floor, the distance between two exact sample sets.
 """
 
 import csv
@@ -24,7 +25,8 @@ import dac  # noqa: E402
 from common import TOYS, tilted_samples, toy_dataset, vp_schedule  # noqa: E402
 
 SETS = ("bandit-two", "bandit-three", "bandit-moons", "bandit-circles")
-METHODS = {"none": ("cloning", "tab:green"), "denoised": ("denoised", "tab:orange"), "hard": ("hard", "tab:blue"), "soft": ("soft", "m")}
+NAMES = {"none": "cloning", "denoised": "denoised", "hard": "hard", "soft": "soft"}
+COLORS = {"none": "tab:green", "denoised": "tab:orange", "hard": "tab:blue", "soft": "m"}
 
 
 @dataclass
@@ -69,43 +71,43 @@ def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(2 * torch.cdist(x, y).mean() - within(x) - within(y))
 
 
-def panel(ax, env: str, a: torch.Tensor, **style) -> None:
+def panel(ax, a: torch.Tensor, **style) -> None:
     ax.scatter(*a[:100].clamp(-1.45, 1.45).T, s=14, linewidths=0.8, zorder=3, **style)
     ax.plot(0.4, -0.4, marker="*", color="k", ms=9, zorder=4)
 
 
 def main(args: Args) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda x: train(args, *x), [(env, g) for g in reversed(METHODS) for env in SETS]))
-    fig, axes = plt.subplots(len(METHODS) + 1, len(SETS), figsize=(12, 15), sharex=True, sharey=True, layout="constrained")
+        list(pool.map(lambda x: train(args, *x), [(env, g) for g in ("soft", "hard", "none", "denoised") for env in SETS]))
+    fig, axes = plt.subplots(5, 4, figsize=(12, 15), sharex=True, sharey=True, layout="constrained")
     rows, span = [], torch.linspace(-1.5, 1.5, 61)
     grid = torch.cartesian_prod(span, span)
     for column, env in enumerate(SETS):
         toy, data = TOYS[env], toy_dataset(env).a[: TOYS[env].rows]
-        _, soft, run_args = samples(args, env, "soft", 1)
+        soft = samples(args, env, "soft", 1)[1]
         with torch.no_grad():
             field = soft.critics_target(torch.zeros(len(grid), 1), grid).mean(0).view(61, 61).T
             C = soft.critics_target(torch.zeros(len(data), 1), data).abs().mean()
         beta = 1 / (2 * float(soft.eta) * float(C))
         exact, floor = tilted_samples(env, 10_000, beta, seed=1), tilted_samples(env, 10_000, beta, seed=2)
-        sets = {g: samples(args, env, g, 10_000)[0] for g in METHODS} | {"exact": exact}
+        sets = {g: samples(args, env, g, 10_000)[0] for g in NAMES} | {"exact": exact}
         for row, ax in enumerate(axes[:, column]):
             ax.scatter(*data.T, c=toy.reward(data), s=4, cmap="Greys_r", vmin=-2.5, vmax=0.3, linewidths=0)
             ax.contour(span, span, field, 12, linestyles="dashed", linewidths=0.6, cmap="viridis")
-            for g, (_, color) in METHODS.items():
-                if (row == 0 and g != "none") or (row > 0 and list(METHODS)[row - 1] == g):
-                    panel(ax, env, sets[g], marker="^" if g == "soft" else "x", color=color)
+            for g, color in COLORS.items():
+                if (row == 0 and g != "none") or (row > 0 and list(NAMES)[row - 1] == g):
+                    panel(ax, sets[g], marker="^" if g == "soft" else "x", color=color)
             ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
         axes[0, column].set_title(f"{env}\nas in the paper")
-        for row, g in enumerate((*METHODS, "exact"), 1):
+        for row, g in enumerate((*NAMES, "exact"), 1):
             a = sets[g]
             r, off, d = float(toy.reward(a).mean()), dac.off_support(env, a), energy_distance(a[:4000], exact[:4000])
             if g == "exact":
                 d = energy_distance(floor[:4000], exact[:4000])
             else:
-                axes[row, column].set_title(f"{METHODS[g][0]}: {100 * off:.0f} % off, reward {r:.2f}")
-            rows.append({"env": env, "guidance": g, "seed": args.seed, "off_support": round(off, 4), "mean_reward": round(r, 4),
-                         "energy_distance_to_exact": round(d, 4), "eta": round(float(soft.eta), 4)})  # fmt: skip
+                axes[row, column].set_title(f"{NAMES[g]}: {100 * off:.0f} % off, reward {r:.2f}")
+            numbers = {"off_support": off, "mean_reward": r, "distance_to_exact": d, "eta": float(soft.eta)}
+            rows.append({"env": env, "guidance": g, "seed": args.seed} | {k: round(v, 4) for k, v in numbers.items()})
     out = ROOT / "docs" / "figures"
     out.mkdir(exist_ok=True, parents=True)
     fig.savefig(out / "dac_fig2.png", dpi=80)
@@ -113,9 +115,10 @@ def main(args: Args) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{'set':15} {'guidance':9} {'off support':>11} {'mean reward':>11} {'distance to exact':>17}")
+    print("| set | guidance | off support | mean reward | distance to exact |\n|---|---|---|---|---|")
     for x in rows:
-        print(f"{x['env']:15} {x['guidance']:9} {100 * x['off_support']:9.1f} % {x['mean_reward']:11.3f} {x['energy_distance_to_exact']:17.4f}")
+        values = f"{100 * x['off_support']:.1f} % | {x['mean_reward']:.3f} | {x['distance_to_exact']:.4f}"
+        print(f"| {x['env']} | {x['guidance']} | {values} |")
 
 
 if __name__ == "__main__":

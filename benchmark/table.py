@@ -1,10 +1,10 @@
 """Tables and curves from committed evaluations.
 
-    python benchmark/table.py                     prints the table of benchmark/results/*.csv and redraws docs/figures/*_demo.png
+    python benchmark/table.py                     prints the table of benchmark/results/*.csv, draws docs/figures/*_demo.png
     python benchmark/table.py --collect RUN_DIR   first copies RUN_DIR/<label>/<env>/<method>/seed<k>/eval.csv there
 
-A file is named <env>__<method>__<label>__seed<k>.csv. The table: mean and standard deviation over seeds of the final evaluation of
-the last policy (mean over its episodes), and of the best evaluation in a column of its own.
+A file is named <env>__<method>__<label>__seed<k>.csv. The table: mean and standard deviation over seeds of the final
+evaluation of the last policy (mean over its episodes); the best evaluation has a column of its own.
 """
 
 import csv
@@ -60,7 +60,7 @@ def data_average(env: str) -> float:
 
 
 def table(runs) -> str:
-    lines = ["| dataset | average of the data | run | last policy | best evaluation | seeds | steps |", "|---|---|---|---|---|---|---|"]
+    lines = ["| dataset | average of the data | run | last policy | best evaluation | per seed | steps |", "|---" * 7 + "|"]
     for (env, method, label), curves in runs.items():
         last, best = [c[max(c)] for c in curves], [max(c.values()) for c in curves]
         name = method if label == method else f"{method}, {label}"

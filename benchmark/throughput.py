@@ -2,10 +2,11 @@
 
     python benchmark/throughput.py [--threads 1] [--sizes paper demo] [--device cuda]
 
-Timed: whole updates (batch, target, critic, actor, eta, optimisers, averages), data on the device, no logging, no evaluation; the
-median of several rounds, after warm-up; compile time in its own column. FLOPs: the formulas of torch.utils.flop_counter, matrix products only.
-`share`: seconds that plain torch.mm needs for the same products (same shapes, one after the other), over seconds of the update.
-act: one call for 10 episodes at once, as in evaluation. Peak memory: CUDA allocator, or peak resident size of the process (CPU).
+Timed: whole updates (batch, target, critic, actor, eta, optimisers, averages), data on the device, no logging, no
+evaluation; the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own.
+FLOPs: the formulas of torch.utils.flop_counter, matrix products only. share: seconds that plain torch.mm needs for the
+same products (same shapes, one after the other), over seconds of the update. act: one call for 10 episodes at once, as in
+evaluation. Peak memory: CUDA allocator; on a CPU the largest resident size of the process so far.
 """
 
 import platform
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import dac  # noqa: E402
 from common import Dataset, vp_schedule  # noqa: E402
 
+Mode = Literal["eager", "compiled", "graphed", "compiled+graphed"]
 SIZES = {"paper": ("halfcheetah-medium-v2", 17, 6), "demo": ("hopper-demo", 11, 3), "pendulum": ("pendulum-demo", 3, 1)}
 
 
@@ -35,7 +37,7 @@ SIZES = {"paper": ("halfcheetah-medium-v2", 17, 6), "demo": ("hopper-demo", 11, 
 class Args:
     sizes: tuple[Literal["paper", "demo", "pendulum"], ...] = ("paper", "demo")
     """which presets: paper = halfcheetah-medium-v2 (S 17, A 6), demo = hopper-demo, pendulum = pendulum-demo"""
-    modes: tuple[Literal["eager", "compiled", "graphed", "compiled+graphed"], ...] = ("eager", "compiled", "graphed", "compiled+graphed")
+    modes: tuple[Mode, ...] = ("eager", "compiled", "graphed", "compiled+graphed")
     """graphed modes need CUDA and are left out on a CPU"""
     device: str = "auto"
     """auto, cpu, cuda"""
@@ -50,7 +52,7 @@ class Args:
 
 
 class Products(TorchDispatchMode):
-    """Counts the FLOPs of all matrix products that run under it, and their shapes (b, n, k, m): b times (n, k) @ (k, m).
+    """Counts the FLOPs of all matrix products that run under it, and their shapes (b, n, k, m): b times (n, k) (k, m).
     (FlopCounterMode itself cannot follow a gradient taken inside of an update.)"""
 
     def __init__(self):
@@ -101,7 +103,8 @@ def measure(args: Args, size: str, mode: str, T: int, device: torch.device) -> s
     run = dac.resolve(dac.Args(env=env, guidance=args.guidance, T=T, steps=2_000_000))
     torch.manual_seed(0)
     n = 100_000
-    data = Dataset(torch.randn(n, S), torch.rand(n, A) * 2 - 1, torch.randn(n), torch.randn(n, S), torch.zeros(n), torch.zeros(n).bool())
+    zeros = torch.zeros(n)
+    data = Dataset(torch.randn(n, S), torch.rand(n, A) * 2 - 1, torch.randn(n), torch.randn(n, S), zeros, zeros.bool())
     agent = dac.make_agent(run, S, A, device)
     update, _ = dac.make_update(run, agent, data.to(device), vp_schedule(T).to(device))
     act = dac.make_act(run, agent.actor, agent.critics_target, A, vp_schedule(T).to(device))
@@ -120,9 +123,9 @@ def measure(args: Args, size: str, mode: str, T: int, device: torch.device) -> s
     peak = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # fmt: skip
     latency = rounds(lambda: act(torch.zeros(10, S, device=device)), device, 1.0)
-    return (f"| {size} | {args.guidance}, T={T} | {mode} | {1 / seconds:.1f} | {1000 * seconds:.2f} | {warm:.0f} | {peak:.0f} | "
-            f"{products.flops / 1e9:.3f} | {products.flops / seconds / 1e9:.0f} | {100 * plain / seconds:.0f} % | "
-            f"{1000 * latency:.2f} |")  # fmt: skip
+    time_ = f"{1 / seconds:.1f} | {1000 * seconds:.2f} | {warm:.0f} | {peak:.0f}"
+    work = f"{products.flops / 1e9:.3f} | {products.flops / seconds / 1e9:.0f} | {100 * plain / seconds:.0f} %"
+    return f"| {size} | {args.guidance}, T={T} | {mode} | {time_} | {work} | {1000 * latency:.2f} |"
 
 
 def main(args: Args) -> None:

@@ -1,12 +1,13 @@
-"""Makes pendulum-demo.hdf5 (Pendulum-v1, 200 episodes of 200 steps, actions divided by 2) and measures its reference scores.
+"""Makes pendulum-demo.hdf5 (Pendulum-v1, 200 episodes of 200 steps, actions torque / 2) and measures its scores.
 
     python data/make_pendulum.py            writes pendulum-demo.hdf5 beside this file
-    python data/make_pendulum.py --score    prints the returns of uniform random actions (score 0) and of the best of a grid of
-                                            noise-free controllers (score 100), 200 episodes each
+    python data/make_pendulum.py --score    prints the returns of uniform random actions (score 0) and of noise-free
+                                            controllers (the best is score 100), 200 episodes each
 
 The controller pumps energy, torque = gain (E_top - E) sign(velocity), and holds upright with -(8 angle + 1.5 velocity).
-The data is meant to be instructive: mixed quality (gain uniform in [0.3, 1.5] per episode; torque noise of standard deviation 0.1, 0.5
-or 1.0 held for 6 steps; every fourth episode plays uniform actions held for 8 steps), so that cloning it fails and offline RL works.
+The data is meant to be instructive: mixed quality (gain uniform in [0.3, 1.5] per episode; torque noise of standard
+deviation 0.1, 0.5 or 1.0 held for 6 steps; every fourth episode plays uniform actions held for 8 steps), so that cloning
+it fails and offline RL works.
 """
 import sys
 from pathlib import Path
@@ -54,10 +55,10 @@ def make(path: Path, episodes: int = 200) -> None:
     s, a, r, timeout = (np.array(x) for x in zip(*rows, strict=True))
     with h5py.File(path, "w") as file:
         for key, x in (("observations", s.astype(np.float32)), ("actions", a), ("rewards", r.astype(np.float32)),
-                       ("terminals", np.zeros(len(r), bool)), ("timeouts", timeout)):  # fmt: skip
+                       ("terminals", np.zeros(len(r), bool)), ("timeouts", timeout)):
             file.create_dataset(key, data=x, compression="gzip", compression_opts=9)
     print(f"{path.name}: {len(r)} rows, {episodes} episodes, return {np.mean(returns):.0f} +- {np.std(returns):.0f} "
-          f"({min(returns):.0f} to {max(returns):.0f}), {path.stat().st_size / 1e6:.2f} MB")  # fmt: skip
+          f"({min(returns):.0f} to {max(returns):.0f}), {path.stat().st_size / 1e6:.2f} MB")
 
 
 def score(episodes: int = 200) -> None:
