@@ -533,6 +533,7 @@ def pick_device(args) -> torch.device:
     if args.graph == "on" and device.type == "cpu":
         raise UserError("--graph on records CUDA graphs, and this run is on the CPU; leave it at auto")
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # [D2] TF32, as JAX computes by default
     return device
 
@@ -607,6 +608,8 @@ def restore(state: dict, content: dict) -> dict:
             v.load_state_dict(content["state"][k])
         else:
             v.copy_(content["state"][k])
+        for group in getattr(v, "param_groups", ()):  # the learning rate was read to the CPU
+            group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
     torch.set_rng_state(content["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in content["rng"]:
         torch.cuda.set_rng_state_all(content["rng"]["cuda"])
@@ -853,14 +856,14 @@ def plot_toy(path: Path, env: str, data, value, samples: Tensor) -> None:
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     dots = dict(s=5, cmap="viridis", vmin=float(known.min()), vmax=float(known.max()), linewidths=0)
     fig.colorbar(axes[0].scatter(*a.T, c=known, **dots), ax=axes[0], label="mean reward", shrink=0.8)
-    axes[0].set_title(f"{env}: data")
+    axes[0].set_title(f"{env}\ndata")
     fig.colorbar(axes[1].contourf(span, span, field, 20, cmap="magma"), ax=axes[1], label="value", shrink=0.8)
     axes[1].scatter(*a.T, s=1, c="white", alpha=0.3, linewidths=0)
-    axes[1].set_title("learned value, data in white")
+    axes[1].set_title("learned value\ndata in white")
     shown = samples.clamp(-1.45, 1.45)
     fig.colorbar(axes[2].scatter(*shown.T, c=got, **dots), ax=axes[2], label="mean reward", shrink=0.8)
     off = "" if toy.centres is None else f", {100 * off_support(env, samples):.0f} % off support"
-    axes[2].set_title(f"{METHOD}: mean reward {got.mean():.2f}{off}")
+    axes[2].set_title(f"{METHOD} samples\nmean reward {got.mean():.2f}{off}")
     for ax in axes:
         ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
     fig.savefig(path, dpi=120)
