@@ -415,6 +415,7 @@ def make_update(args: Args, agent: Agent, data, sched):
     actor, critics, critics_target = agent.actor, agent.critics, agent.critics_target
     B, N, A, device = args.batch_size, args.N, data.a.shape[1], data.a.device
     one_step = bool(data.terminal.all())  # bandits: y = r, no next action is drawn
+    rows = B if device.type == "cpu" else B * N  # a CPU is a fifth faster on blocks that stay in cache (docs/speed.md)
 
     def descend(loss, net, opt, lr):
         cosine = 0.5 * (1 + torch.cos(math.pi * agent.step / args.steps))  # 1 -> 0
@@ -434,7 +435,8 @@ def make_update(args: Args, agent: Agent, data, sched):
             if not one_step:
                 s_n = s_next.repeat_interleave(N, 0)  # (B N, S)
                 a_n = draw(agent.actor_target, s_n, A, sched)  # (B N, A)
-                q_n = critics_target(s_n, a_n).view(-1, B, N)  # (H, B, N)
+                q_n = torch.cat([critics_target(*k) for k in zip(s_n.split(rows), a_n.split(rows))], 1)  # (H, B N)
+                q_n = q_n.view(-1, B, N)
                 y = critic_target(q_n, r, terminal, args.discount, args.rho, args.target, args.next_value)
         q = critics(s, a)  # (H, B)
         loss_q = critic_loss(q, y)
