@@ -184,13 +184,16 @@ def resolve(args: Args) -> Args:
     positive = """steps batch_size T H N N_a log_every eval_every eval_episodes final_episodes save_every
                   eta actor_lr critic_lr grad_clip ema_every""".split()
     rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
-    natural = "seed eta_lr b rho temperature ema_after".split()
+    natural = "eta_lr b rho temperature ema_after".split()
     rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural]
     rules += [
+        ("seed", "in [0, 2^32)", 0 <= args.seed < 2**32),  # numpy's range
         ("discount", "in [0, 1]", 0 <= args.discount <= 1),
         ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
         ("hidden", "one or more positive widths", len(args.hidden) > 0 and min(args.hidden) > 0),
     ]
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
     for name, want, ok in rules:  # NaN fails every comparison
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {want}")
@@ -574,7 +577,7 @@ def save(path: Path, state: dict, progress: dict, args) -> None:
     new one is complete."""
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state_all()
+        rng["cuda"] = torch.cuda.get_rng_state()
     content = {"method": METHOD, "format": FORMAT, "args": asdict(args), "progress": progress, "rng": rng}
     content["state"] = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
     part = path.with_suffix(".part")
@@ -611,11 +614,12 @@ def restore(state: dict, content: dict) -> dict:
             v.load_state_dict(content["state"][k])
         else:
             v.copy_(content["state"][k])
-        for group in getattr(v, "param_groups", ()):  # the learning rate was read to the CPU
+        for group in getattr(v, "param_groups", ()):  # as this device needs them, whatever saved them
             group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
+            group["capturable"] = group["params"][0].is_cuda
     torch.set_rng_state(content["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in content["rng"]:
-        torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+        torch.cuda.set_rng_state(content["rng"]["cuda"])
     return content["progress"]
 
 
@@ -671,8 +675,12 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         part = self.folder / f"{name}.part"
-        part.write_text(text)
-        os.replace(part, self.folder / name)
+        try:
+            part.write_text(text)
+            os.replace(part, self.folder / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def write_evaluations(self) -> None:
         keys = ("step", "episode", "return", "length", "normalized_score")
@@ -697,7 +705,7 @@ class Run:
                     self.evaluate(act, step, args.final_episodes if last else args.eval_episodes)
                 if last:
                     progress["done"].append(stage)
-                if step > start and (last or step % args.save_every == 0):
+                if last or (step > start and step % args.save_every == 0):
                     self.save(losses)
                 if last:
                     break
@@ -745,7 +753,8 @@ class Run:
         return self.progress["step"] / max(self.progress["train_seconds"], 1e-9)
 
     def save(self, losses: dict[str, Tensor]) -> None:
-        self.check(losses)
+        nets = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
+        self.check(losses | {f"weights of {k}": sum(p.sum() for p in v.parameters()) for k, v in nets.items()})
         save(self.folder / "last.pt", self.state, self.progress, self.args)
 
     def evaluate(self, act, step: int, episodes: int) -> None:
@@ -878,17 +887,16 @@ def off_support(env: str, a: Tensor) -> float:
     return float((torch.cdist(a, TOYS[env].centres).amin(-1) > 3 * TOYS[env].spread).float().mean())
 
 
-def check_task(args, data) -> None:
-    """The evaluation task must have the data's sizes: found out before training, not after."""
-    if args.env in TOYS:
-        return
-    env = make_env(args.env, args.eval_env)
-    have = data.s.shape[1], data.a.shape[1]
-    want = *env.observation_space.shape, *env.action_space.shape
-    env.close()
-    if have != want:
+def check_task(args, S: int, A: int) -> None:
+    """The evaluation task must have these sizes: found out before training, not after."""
+    want = 1, 2  # of every toy
+    if args.env not in TOYS:
+        env = make_env(args.env, args.eval_env)
+        want = *env.observation_space.shape, *env.action_space.shape
+        env.close()
+    if (S, A) != want:
         fix = "--env (or --eval-env) must name the task that the data comes from"
-        raise UserError(f"the data has sizes (observation, action) {have}, the task {want}: {fix}")
+        raise UserError(f"the data has sizes (observation, action) {S, A}, the task {want}: {fix}")
 
 
 # --- main -------------------------------------------------------------------------------------------------
@@ -904,12 +912,12 @@ def main(args: Args) -> None:
     seed_all(args.seed)
 
     data = load_dataset(args.env, args.data_path, args.data_url).to(device)
-    check_task(args, data)
+    check_task(args, data.s.shape[1], data.a.shape[1])
     returns = data.returns().cpu().numpy()  # as stored
     scores = normalized_score(args.env, returns)
     if args.reward_scale == "range":
-        data.r *= reward_scale(data)
-    data.a.clamp_(-(1 - 1e-5), 1 - 1e-5)
+        data.r = data.r * reward_scale(data)  # not in place: common.py keeps a toy's tensors
+    data.a = data.a.clamp(-(1 - 1e-5), 1 - 1e-5)
 
     S, A = data.s.shape[1], data.a.shape[1]
     sched = vp_schedule(args.T).to(device)
@@ -939,9 +947,9 @@ def main(args: Args) -> None:
                 return agent.critics_target(torch.zeros(len(a), 1, device=device), a).mean(0)
 
             plot_toy(run.folder / "samples.png", args.env, data, value, samples)
-    run.finish(float((returns if scores is None else scores).mean()))
     if args.env == "pendulum-demo":
         print("next: python dac.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
+    run.finish(float((returns if scores is None else scores).mean()))
 
 
 def seed_all(seed: int) -> None:
@@ -961,6 +969,7 @@ def reevaluate(args: Args) -> None:
     device = pick_device(args)
     sizes = [v.shape for v in content["state"]["actor"].values()]
     S_A, A = content["state"]["critics"]["weights.0"].shape[1], sizes[-1][0]
+    check_task(args, S_A - A, A)
     agent = make_agent(args, S_A - A, A, device)
     progress = restore(agent_state(agent), content)
     act = make_act(args, agent.actor, agent.critics_target, A, vp_schedule(args.T).to(device))
@@ -988,3 +997,7 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except OSError as error:  # save() has its own; this is for evaluations, figures and events
+        why = f"cannot write {error.filename or 'the run folder'} ({error.strerror})"
+        print(f"{METHOD}.py: {why}: make room, then --resume", file=sys.stderr)
+        sys.exit(1)

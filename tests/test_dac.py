@@ -3,10 +3,11 @@
     schedule, sampler      numbers of the paper's schedule; chains whose end is known in closed form
     losses                 minimisers, gradients, and every term on a few numbers worked out in the comment
     networks               sizes, initial values, time embedding; all heads at once = one head after the other
-    training               the real network on a problem with a known answer; one update written a second time, slowly
+    training               the real network on problems with a known answer; one update written a second time
     settings               the published table
 
-Letters as in dac.py: B batch, S state, A action, T diffusion steps, H heads, N actions per state, ab = alpha_bar.
+Letters as in dac.py: B batch, S state, A action, T diffusion steps, H heads, N actions per state; ab is
+alpha_bar.
 """
 
 import math
@@ -55,7 +56,7 @@ def close(got, want, atol=1e-6, rtol=0.0):
 
 
 def vp(T: int):
-    """(beta, alpha, ab), lists over t = 0..T, from the formula: alpha_t = exp(-0.1/T - 9.9 (2t - 1) / (2 T^2))."""
+    """(beta, alpha, ab), lists over t = 0..T:  alpha_t = exp(-0.1/T - 9.9 (2t - 1) / (2 T^2))."""
     alpha = [1.0] + [math.exp(-0.1 / T - 0.5 * 9.9 * (2 * t - 1) / T**2) for t in range(1, T + 1)]
     ab = [math.prod(alpha[: t + 1]) for t in range(T + 1)]
     return [1 - x for x in alpha], alpha, ab
@@ -70,7 +71,7 @@ def test_schedule_of_five_steps_has_the_numbers_of_the_paper():
 
 
 def test_schedule_of_many_steps_ends_where_that_of_few_steps_ends():
-    """sum_t (2t - 1) = T^2, so ab_T = exp(-0.1 - 9.9/2) = exp(-5.05) at every T: only the steps get smaller."""
+    """sum_t (2t - 1) = T^2, so ab_T = exp(-0.1 - 9.9/2) = exp(-5.05) at every T: just the steps get smaller."""
     for T in (1, 2, 5, 50, 100, 1000):
         sched = vp_schedule(T)
         assert len(sched.beta) == len(sched.alpha) == len(sched.alpha_bar) == T + 1 == sched.T + 1
@@ -114,8 +115,8 @@ def test_actions_stay_in_the_action_space_whatever_the_network_says():
 
 
 def test_without_clipping_the_mean_of_a_step_is_equation_11_of_ddpm():
-    """sqrt(ab_{t-1}) beta_t x0 + sqrt(alpha_t) (1 - ab_{t-1}) x, over 1 - ab_t, with x0 = (x - sqrt(1 - ab_t) e) /
-    sqrt(ab_t), is (x - beta_t e / sqrt(1 - ab_t)) / sqrt(alpha_t). Noise: sqrt(beta_t), and none in the last step."""
+    """The mean  ( sqrt(ab_{t-1}) beta_t x0 + sqrt(alpha_t) (1 - ab_{t-1}) x ) / (1 - ab_t)  with
+    x0 = (x - sqrt(1 - ab_t) e) / sqrt(ab_t)  is  (x - beta_t e / sqrt(1 - ab_t)) / sqrt(alpha_t)."""
     T = 4
     (beta, alpha, ab), sched, calls = vp(T), vp_schedule(T), []
     s, x, z = torch.randn(3, 2), torch.randn(3, 2), torch.randn(T + 1, 3, 2)
@@ -127,7 +128,8 @@ def test_without_clipping_the_mean_of_a_step_is_equation_11_of_ddpm():
 
     want = x
     for t in (4, 3, 2, 1):
-        want = (want - beta[t] / math.sqrt(1 - ab[t]) * (torch.sin(3 * want) + s + 0.1 * t)) / math.sqrt(alpha[t])
+        e = torch.sin(3 * want) + s + 0.1 * t
+        want = (want - beta[t] * e / math.sqrt(1 - ab[t])) / math.sqrt(alpha[t])
         want = want + (math.sqrt(beta[t]) * z[t] if t > 1 else 0)
     close(dac.sample(actor, s, x, z, sched, clip=False), want, 2e-4)
     assert calls == [4, 3, 2, 1]
@@ -146,16 +148,16 @@ def test_noise_of_a_step_has_variance_beta_and_not_that_of_the_posterior():
 
 # --- closed form: Gaussian behaviour, linear Q ------------------------------------------------------------
 def exact_noise(x, t, m, v, sched):
-    """E[eps | x_t = x] for a ~ N(m, v I): x_t ~ N(sqrt(ab) m, V) with V = ab v + 1 - ab, and the covariance of eps
-    with x_t is sqrt(1 - ab), hence sqrt(1 - ab) (x - sqrt(ab) m) / V."""
+    """E[eps | x_t = x] for a ~ N(m, v I): x_t ~ N(sqrt(ab) m, V) with V = ab v + 1 - ab, and the covariance of
+    eps with x_t is sqrt(1 - ab), hence sqrt(1 - ab) (x - sqrt(ab) m) / V."""
     ab = sched.alpha_bar[t]
     ab = ab[:, None] if ab.ndim else ab
     return (1 - ab).sqrt() * (x - ab.sqrt() * m) / (ab * v + 1 - ab)
 
 
 def end_of_chain(T, m, v, push, soft=True):
-    """Mean and standard deviation of the sampler's end, by recursion over t, for the noise
-    exact - f push, where f = sqrt(1 - ab_t) (soft) or 1 (hard): linear in x, so each step maps a Gaussian to one,
+    """Mean and standard deviation of the sampler's end, by recursion over t, for the noise exact - f push,
+    f = sqrt(1 - ab_t) (soft) or 1 (hard). It is linear in x, so every step maps a Gaussian to a Gaussian:
         x <- (1 - beta/V) / sqrt(alpha) x + beta / sqrt(alpha) ( sqrt(ab) m / V + f push / sqrt(1 - ab) )."""
     beta, alpha, ab = vp(T)
     mean, var = 0.0, 1.0
@@ -170,7 +172,7 @@ def end_of_chain(T, m, v, push, soft=True):
 
 @pytest.mark.parametrize("T, soft", [(5, True), (5, False), (50, True)])
 def test_sampler_on_the_exact_minimiser_ends_at_the_mean_of_the_recursion(T, soft):
-    """Behaviour N(m, v I) and Q(a) = k a. The minimiser of Eq. (5) given x_t is E[eps | x_t] - sqrt(1 - ab_t) k/(2 eta)."""
+    """Behaviour N(m, v I), Q(a) = k a: E[eps | x_t] - sqrt(1 - ab_t) k / (2 eta) minimises Eq. (5) given x_t."""
     m, v, k, eta, sched = 0.2, 0.04, 0.3, 0.5, vp_schedule(T)
 
     def actor(s, x, t):
@@ -186,9 +188,10 @@ def test_sampler_on_the_exact_minimiser_ends_at_the_mean_of_the_recursion(T, sof
 
 
 def test_chain_without_guidance_is_the_behaviour_and_soft_guidance_pushes_less_than_hard():
-    """push = 0: N(m, v), whose std only a long chain recovers (noise sqrt(beta) at T = 5 gives 0.57 of it).
-    The tilt of (2) is N(m + v k / eta', v): here 0.2 + 0.04 * 0.3 = 0.212. Adding the *same* gradient at every noise
-    level, as DAC does, moves further (an exact guidance would damp it by sqrt(ab) v / V_t < 1): 0.254 at any large T."""
+    """Without a push the mean is m; the std of the data is reached by long chains only (T = 5: 0.57 of it).
+    The tilt (2) with eta' = 2 eta is N(m + v k / eta', v), mean 0.2 + 0.04 * 0.3 = 0.212. The push of Eq. (5) is
+    the same gradient at every noise level, where the exact one would shrink by sqrt(ab_t) v / V_t on the way up:
+    soft guidance moves the mean further than the tilt, to 0.2544 for large T, and hard guidance further still."""
     m, v = 0.2, 0.04
     for T in (5, 50, 1000):
         assert abs(end_of_chain(T, m, v, 0.0)[0] - m) < 1e-4
@@ -215,7 +218,7 @@ def test_actor_loss_by_hand():
 
 
 def test_noise_level_zero_knows_no_soft_guidance_and_each_row_has_its_own_level():
-    """sqrt(1 - ab_t) = 0, 0.44257718, 0.99679018 at t = 0, 1, 5;  <g, e> = 1 + 2 = 3 in each of the three rows."""
+    """sqrt(1 - ab_t) = 0, 0.44257718, 0.99679018 at t = 0, 1, 5;  <g, e> = 1 + 2 = 3 in each of three rows."""
     e, g = tensor([[1.0, 2.0]] * 3), torch.ones(3, 2)
     _, _, push = dac.actor_loss(e, e, g, tensor([0, 1, 5]), tensor(1.0), vp_schedule(5), "soft")
     close(push, 3 * (0 + 0.44257718 + 0.99679018) / 6)
@@ -241,7 +244,7 @@ def test_hard_minus_soft_is_what_the_factor_takes_away():
 
 @pytest.mark.parametrize("eta", [0.2, 1.0, 3.0])
 def test_a_table_trained_on_equation_5_ends_at_its_minimiser(eta):
-    """One free vector e per row, plain gradient descent on the real loss: eps - sqrt(1 - ab_t) g / (2 eta)."""
+    """One free vector e per row, gradient descent on the real loss: eps - sqrt(1 - ab_t) g / (2 eta)."""
     e, eps, g, t, sched = actor_batch()
     e.requires_grad_()
     for _ in range(60):  # the Hessian is 2 eta / (B A): this rate takes half of the way
@@ -256,7 +259,7 @@ def test_denoised_guidance_by_hand():
 
 
 def test_value_scale_is_the_mean_of_absolute_values_and_not_the_absolute_mean():
-    """(|1| + |-3| + |5| + |-7|)/4 = 4, where |mean| would be 1; 1e-6 keeps a critic of zeros from dividing by 0."""
+    """(|1| + |-3| + |5| + |-7|)/4 = 4, where |mean| would be 1; 1e-6: zeros must not be divided by."""
     assert dac.value_scale(tensor([[1.0, -3.0], [5.0, -7.0]], dtype=torch.float64)).item() == 4 + 1e-6
     assert dac.value_scale(torch.zeros(2, 3, dtype=torch.float64)).item() == 1e-6
 
@@ -278,7 +281,7 @@ def test_value_gradient_is_that_of_the_mean_over_heads_at_the_noisy_action():
     critics, x_t, s = Bowls(1.0, 4.0), tensor([[3.0, -2.0], [0.5, 0.0]]), tensor([[0.0, 1.0], [1.0, 0.0]])
     g = dac.value_gradient(critics, s, x_t, tensor(10.0))
     close(g, [[1.5, -1.5], [-0.25, 0.0]])
-    assert critics.w.grad is None and not g.requires_grad  # the actor's loss cannot reach the critics through g
+    assert critics.w.grad is None and not g.requires_grad  # the actor's loss cannot reach the critics
     assert not x_t.requires_grad and x_t.grad is None
 
 
@@ -317,9 +320,9 @@ def target_of(q, r=1.0, terminal=0.0, discount=0.99, rho=1.0, target="lcb", next
 
 
 def test_critic_target_by_hand():
-    """H = 2 heads, N = 2 next actions, one state: head 1 says 1 and 3, head 2 says 5 and 7.  r = 1, gamma = 0.99.
-    Over actions first, v = (2, 6); then over heads: mean 4, population std sqrt((2^2 + 2^2)/2) = 2 (a sample std
-    would be 2.83).  V = 4 - 2 = 2,  y = 1 + 0.99 * 2 = 2.98."""
+    """H = 2 heads, N = 2 next actions, one state: head 1 says 1 and 3, head 2 says 5 and 7;  r = 1, gamma = 0.99.
+    Over actions first, v = (2, 6); then over heads: mean 4, population std sqrt((2^2 + 2^2)/2) = 2 (the sample
+    std would be 2.83).  V = 4 - 2 = 2,  y = 1 + 0.99 * 2 = 2.98."""
     q = [[[1.0, 3.0]], [[5.0, 7.0]]]
     close(target_of(q), [2.98], 1e-12)
     close(target_of(q, next_value="max"), [3.97], 1e-12)  # v = (3, 7), V = 5 - 2 = 3
@@ -368,8 +371,8 @@ def test_derivatives_of_the_losses_are_those_of_finite_differences(float64):
 @pytest.mark.parametrize("mode", ["no_grad", "grad", "compiled"])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 3e-6), (torch.float64, 1e-12)])
 def test_mish_is_mish_in_all_of_its_forms(mode, dtype, atol, monkeypatch):
-    """x tanh(softplus(x)), values and slopes, where e^x overflows too. 70,001 numbers are three cache blocks."""
-    far = tensor([0.0, -1e-3, 19.99, 20.01, 44.5, 88.5, 89.0, 100.0, 800.0, 1e4, -20.0, -44.5, -100.0, -800.0, -1e4])
+    """x tanh(softplus(x)), values and slopes, also where e^x overflows. 70,001 numbers are three cache blocks."""
+    far = tensor([0.0, -1e-3, 19.99, 20.01, 44.5, 88.5, 89.0, 100.0, 800.0, 1e4, -20.0, -100.0, -800.0, -1e4])
     x = torch.cat([far, torch.linspace(-30, 30, 70_001 - len(far))]).to(dtype)
     if mode == "compiled":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -437,7 +440,7 @@ def test_weights_start_glorot_uniform_in_every_layer_and_head_and_biases_at_zero
 
 
 def test_time_is_embedded_as_eight_cosines_then_eight_sines_of_the_integer_step():
-    """cos(t f_0), ..., cos(t f_7), sin(t f_0), ..., sin(t f_7), f_k = 10000^(-k/7): f_0 = 1, f_7 = 1/10000."""
+    """cos(t f_0), ..., cos(t f_7), sin(t f_0), ..., sin(t f_7),  f_k = 10000^(-k/7): from 1 to 1/10000."""
     actor, seen = dac.NoiseNet(3, 2, (8,)), []
     actor.time.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     actor(torch.zeros(2, 3), torch.zeros(2, 2), tensor([1, 37]))
@@ -493,8 +496,8 @@ def test_targets_start_as_copies_that_learn_only_by_averaging():
     for net, value in ((one, 1.0), (three, 3.0)):
         nn.init.constant_(net.weight, value), nn.init.constant_(net.bias, -value)
     dac.average(one, three, 0.005)
-    close(tensor([one.weight, one.bias]), [0.995 * 1 + 0.005 * 3, -1.01])
-    close(tensor([three.weight, three.bias]), [3.0, -3.0])
+    close(torch.cat([one.weight[0], one.bias]), [0.995 * 1 + 0.005 * 3, -1.01])
+    close(torch.cat([three.weight[0], three.bias]), [3.0, -3.0])
 
 
 # --- acting -----------------------------------------------------------------------------------------------
@@ -517,7 +520,8 @@ def test_acting_takes_the_candidate_of_the_largest_mean_value(monkeypatch):
     (0.5, 0.3) with 1.75 beats (0.9, 0.2) with 1.45, the favourite of head 1."""
     candidates = tensor([[[0.9, 0.2], [0.5, 0.3], [0.1, 0.0]], [[-0.1, -0.1], [0.2, -0.5], [-0.3, -0.4]]])
     s = tensor([[1.0], [2.0]])
-    act, seen = stub_act(monkeypatch, candidates, lambda a: torch.stack([a[:, 0], 10 * a[:, 1]]), clip_x0=False)
+    heads = lambda a: torch.stack([a[:, 0], 10 * a[:, 1]])  # noqa: E731
+    act, seen = stub_act(monkeypatch, candidates, heads, clip_x0=False)
     close(act(s), [[0.5, 0.3], [-0.1, -0.1]], 0)
     assert seen["actor"] == "actor" and seen["clip"] is False
     close(seen["s"].flatten(), [1.0, 1.0, 1.0, 2.0, 2.0, 2.0], 0)  # a state's candidates lie together
@@ -527,8 +531,8 @@ def test_with_a_temperature_acting_draws_candidates_by_their_softmax(monkeypatch
     """Values 1, 2, 4 at temperature 2: probabilities proportional to e^0.5, e^1, e^2."""
     n = 40_000
     candidates = tensor([[[1.0], [2.0], [4.0]]]).expand(n, -1, -1)
-    act, seen = stub_act(monkeypatch, candidates, lambda a: torch.stack([a[:, 0] - 3, a[:, 0] + 3]), temperature=2.0)
-    torch.manual_seed(0)
+    heads = lambda a: torch.stack([a[:, 0] - 3, a[:, 0] + 3])  # noqa: E731
+    act, seen = stub_act(monkeypatch, candidates, heads, temperature=2.0)
     a = act(torch.zeros(n, 1))
     weights = [math.exp(0.5), math.exp(1), math.exp(2)]
     for value, weight in zip((1.0, 2.0, 4.0), weights):
@@ -556,7 +560,7 @@ def test_acting_with_the_real_networks_is_best_of_n(float64):
 
 # --- training the real network on problems with a known answer --------------------------------------------
 class LinearCritics(nn.Module):
-    """Two heads Q(s, a) = k.a +- c: their mean is k.a; mean |Q| = c wherever |k.a| < c. So g = k / c, everywhere."""
+    """Two heads Q(s, a) = k.a +- c: their mean is k.a, and mean |Q| = c where |k.a| < c. So g = k / c."""
 
     def __init__(self, k, c):
         super().__init__()
@@ -585,44 +589,43 @@ def train_on_gaussian(eta, eta_lr, b, steps, m=(0.2, -0.3), v=0.04, k=(0.6, -0.3
 
 
 def test_the_real_network_finds_the_guided_gaussian():
-    """2,000 real updates at eta = 0.5: the network must become E[eps | x_t] - sqrt(1 - ab_t) g / (2 eta), g = k / c,
-    and the sampler on it must end where the recursion says: k / c = (0.4, -0.2), so the means move from (0.2, -0.3)
-    by 0.18 and -0.09. Plain cloning or a wrong sign misses by ten times the tolerances below."""
-    m, v, push = (0.2, -0.3), 0.04, (0.4, -0.2)  # push = g / (2 eta)
-    agent, sched, _ = train_on_gaussian(eta=0.5, eta_lr=0.0, b=1.0, steps=2000)
-    torch.manual_seed(1)
+    """1,500 real updates at eta = 0.5: the network must become E[eps | x_t] - sqrt(1 - ab_t) g / (2 eta), with
+    g = k / c = (0.4, -0.2), and the sampler on it must end where the recursion says: its means move from
+    (0.2, -0.3) by 0.164 and -0.082. Cloning, a wrong sign and hard guidance (0.29, -0.14) all miss that."""
+    m, v, push = tensor([0.2, -0.3]), 0.04, tensor([0.4, -0.2])  # push = g / (2 eta)
+    agent, sched, _ = train_on_gaussian(eta=0.5, eta_lr=0.0, b=1.0, steps=1500)
     with torch.no_grad():
-        a = dac.draw(agent.actor, torch.zeros(50_000, 1), 2, sched, clip=False)
         for t in range(1, 6):  # on the noisy data of each level
             t = torch.full((4000,), t)
-            x_t = dac.diffuse(tensor(m) + math.sqrt(v) * torch.randn(4000, 2), t, torch.randn(4000, 2), sched)
-            want = exact_noise(x_t, t, tensor(m), v, sched)
-            want -= (1 - sched.alpha_bar[t]).sqrt()[:, None] * tensor(push)
+            x_t = dac.diffuse(m + math.sqrt(v) * torch.randn(4000, 2), t, torch.randn(4000, 2), sched)
+            want = exact_noise(x_t, t, m, v, sched) - (1 - sched.alpha_bar[t]).sqrt()[:, None] * push
             error = agent.actor(torch.zeros(4000, 1), x_t, t) - want
-            assert error.square().mean().sqrt() < 0.04 and error.mean(0).abs().max() < 0.02
+            assert error.square().mean().sqrt() < 0.03 and error.mean(0).abs().max() < 0.02
+        a = dac.draw(agent.actor, torch.zeros(50_000, 1), 2, sched, clip=False)
     for j in range(2):
-        mean, std = end_of_chain(5, m[j], v, push[j])
-        assert abs(mean - m[j]) > 0.08
-        assert abs(a[:, j].mean() - mean) < 0.02 and abs(a[:, j].std() - std) < 0.02
+        mean, std = end_of_chain(5, m[j].item(), v, push[j].item())
+        assert abs(abs(mean - m[j]) - (0.164, 0.082)[j]) < 1e-3
+        assert abs(a[:, j].mean() - mean) < 0.03 and abs(a[:, j].std() - std) < 0.04
 
 
 def test_the_learned_multiplier_finds_the_value_at_which_the_constraint_binds():
-    """At its minimiser the noise error is bc(eta) = mean_t ab v / (ab v + 1 - ab)  (what is unknown of eps given x_t)
-    + mean_t (1 - ab_t) mean_j g_j^2 / (4 eta^2)  (what the push costs). Dual ascent must find bc(eta) = b."""
+    """At its minimiser the noise error is  bc(eta) = mean_t ab_t v / V_t + mean_t (1 - ab_t) mean_j g_j^2 / (4 eta^2):
+    what x_t leaves unknown of eps, plus what the push costs. Dual ascent must find bc(eta) = b, so eta = 0.196."""
     b, g2 = 0.5, (0.4**2 + 0.2**2) / 2
     _, _, ab = vp(5)
     unknown = statistics.fmean(x * 0.04 / (x * 0.04 + 1 - x) for x in ab[1:])
     eta = math.sqrt(statistics.fmean(1 - x for x in ab[1:]) * g2 / (4 * (b - unknown)))
-    _, _, etas = train_on_gaussian(eta=0.3, eta_lr=0.005, b=b, steps=2000)
-    assert abs(statistics.fmean(etas[-300:]) / eta - 1) < 0.05
+    _, _, etas = train_on_gaussian(eta=0.3, eta_lr=0.01, b=b, steps=1000)
+    assert abs(eta - 0.1958) < 1e-4 and abs(statistics.fmean(etas[-300:]) / eta - 1) < 0.02
 
 
 # --- one update, written a second time --------------------------------------------------------------------
 def tiny_args(**settings):
     """Everything at once: rates so high that each mistake shows, a norm bound that is met and not met."""
     args = dac.Args(
-        env="hopper-medium-v2", steps=16, batch_size=6, T=3, hidden=(5, 4), H=3, N=2, actor_lr=0.02, critic_lr=0.03,
-        grad_clip=0.6, polyak=0.1, ema_every=2, ema_after=4, eta=0.8, eta_lr=0.05, b=0.9, rho=1.5, discount=0.9,
+        env="hopper-medium-v2", steps=16, batch_size=6, T=3, hidden=(5, 4), H=3, N=2, discount=0.9, rho=1.5,
+        actor_lr=0.02, critic_lr=0.03, grad_clip=0.6, polyak=0.1, ema_every=2, ema_after=4, eta=0.8, eta_lr=0.05,
+        b=0.9,
     )  # fmt: skip
     return dac.resolve(replace(args, **settings))
 
@@ -686,7 +689,7 @@ def slow_draw(weights, s, T):
 
 
 class SlowAdam:
-    """Kingma & Ba (2015), Algorithm 1, after clipping the norm of *all* the tensors it is given to `bound`."""
+    """Kingma & Ba (2015), Algorithm 1, after clipping the joint norm of the tensors it is given to `bound`."""
 
     def __init__(self, weights, rate, bound, steps):
         self.weights, self.rate, self.bound, self.steps = weights, rate, bound, steps
@@ -722,10 +725,11 @@ class Slow:
         self.args, self.data, self.eta = args, data, args.eta
         self.actor, self.actor_target = actor_weights(agent.actor), actor_weights(agent.actor)
         self.heads, self.heads_target = critic_weights(agent.critics), critic_weights(agent.critics)
-        for p in (*self.actor, *sum(self.heads, [])):
+        all_heads = [p for head in self.heads for p in head]  # one optimiser, one norm
+        for p in (*self.actor, *all_heads):
             p.requires_grad_()
         self.actor_adam = SlowAdam(self.actor, args.actor_lr, args.grad_clip, args.steps)
-        self.critic_adam = SlowAdam(sum(self.heads, []), args.critic_lr, args.grad_clip, args.steps)  # all heads
+        self.critic_adam = SlowAdam(all_heads, args.critic_lr, args.grad_clip, args.steps)
 
     def targets(self, r, s_next, terminal):
         """y, one number per row: over the N next actions first, then over heads."""
@@ -764,8 +768,8 @@ class Slow:
     def update(self, i):
         args, data, B = self.args, self.data, self.args.batch_size
         rows = torch.randint(len(data.r), (B,)).tolist()
-        s, a, r, s_next, terminal = (torch.stack([x[j] for j in rows])
-                                     for x in (data.s, data.a, data.r, data.s_next, data.terminal))  # fmt: skip
+        columns = (data.s, data.a, data.r, data.s_next, data.terminal)
+        s, a, r, s_next, terminal = (torch.stack([x[j] for j in rows]) for x in columns)
         # 1. the critics, towards a target of the old targets; then their targets
         with torch.no_grad():
             y = self.targets(r, s_next, terminal)
@@ -816,7 +820,7 @@ class Slow:
     ids=str,
 )
 def test_twelve_updates_equal_those_of_a_second_slow_implementation(settings, float64):
-    """Same initial weights, same random numbers, in float64: all losses, weights, averages and eta agree to 1e-9.
+    """Same initial weights, same random numbers, float64: all losses, weights, averages and eta agree to 1e-9.
     The target actor moves after updates 6, 8 and 10 (even, and later than 4)."""
     settings = dict(settings)
     data, sched = tiny_data(one_step=settings.pop("one_step", False)), double_schedule(3)
@@ -854,7 +858,7 @@ def test_twelve_updates_equal_those_of_a_second_slow_implementation(settings, fl
 
 # --- order, rates, repeatability --------------------------------------------------------------------------
 def test_critic_then_its_target_then_actor_then_eta(monkeypatch):
-    """The guidance comes from target critics that have already moved, the actor moves after them, and eta follows
+    """Guidance comes from target critics that have already moved, the actor moves after them, and eta follows
     the error of the actor that has just moved."""
     args, order, bcs = tiny_args(), [], []
     agent = dac.make_agent(args, 3, 2, CPU)
@@ -866,7 +870,8 @@ def test_critic_then_its_target_then_actor_then_eta(monkeypatch):
         def wrapped(*inputs):
             order.append(name)
             if name in ("critic_target", "critic_loss"):
-                assert same(agent.critics, before.critics) and same(agent.critics_target, before.critics_target)
+                assert same(agent.critics, before.critics)
+                assert same(agent.critics_target, before.critics_target)
             if name in ("value_scale", "value_gradient", "actor_loss"):
                 assert not same(agent.critics, before.critics) and same(agent.actor, before.actor)
                 moved = deepcopy(before.critics_target)
@@ -883,7 +888,7 @@ def test_critic_then_its_target_then_actor_then_eta(monkeypatch):
         monkeypatch.setattr(dac, name, wrapped)
 
     dac_average = dac.average
-    names = ["critic_target", "critic_loss", "average", "value_scale", "value_gradient", "actor_loss", "dual_step"]
+    names = "critic_target critic_loss average value_scale value_gradient actor_loss dual_step".split()
     for name in names:
         spy(name)
     dac.make_update(args, agent, tiny_data(), vp_schedule(3))[0]()
@@ -898,7 +903,7 @@ def same(net, other):
 
 def test_learning_rates_fall_as_half_a_cosine_over_the_run():
     """lr_i = lr/2 (1 + cos(pi i / steps)):  3e-4 at i = 0, half of it at half time; at the very last update
-    1 + cos(pi - d) = d^2/2 with d = pi / 2e6, hence 1.85e-16: still positive, which float32 counting would lose."""
+    1 + cos(pi - d) = d^2/2 with d = pi / 2e6, hence 1.85e-16: still positive, which float32 would lose."""
     args = tiny_args(steps=2_000_000, actor_lr=3e-4, critic_lr=1e-3)
     agent = dac.make_agent(args, 3, 2, CPU)
     update, _ = dac.make_update(args, agent, tiny_data(), vp_schedule(3))
@@ -936,10 +941,11 @@ def run_updates(n, wrap=lambda update: update, **settings):
 
 def test_the_same_seed_gives_the_same_numbers_twice():
     (first, agent), (second, again) = run_updates(12), run_updates(12)
-    assert torch.equal(first, second) and same(agent.actor, again.actor) and same(agent.actor_target, again.actor_target)
+    assert torch.equal(first, second)
+    assert same(agent.actor, again.actor) and same(agent.actor_target, again.actor_target)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_updates_are_the_eager_ones():
     """Inductor has random numbers of its own; fallback_random lends it those of eager torch."""
     from torch._inductor import config
@@ -947,9 +953,10 @@ def test_compiled_updates_are_the_eager_ones():
     def wrap(fn):
         return dac.accelerate(fn, SimpleNamespace(compile="on", graph="off", steps=20), CPU)
 
-    eager, agent = run_updates(20, steps=20)
+    size = dict(steps=20, hidden=(4,), T=2, H=2, N=1)
+    eager, agent = run_updates(20, **size)
     with config.patch(fallback_random=True):
-        compiled, agent_compiled = run_updates(20, wrap, steps=20)
+        compiled, agent_compiled = run_updates(20, wrap, **size)
     torch._dynamo.reset()
     close(compiled, eager, 1e-5)
     for p, q in zip(agent.actor_target.parameters(), agent_compiled.actor_target.parameters(), strict=True):
@@ -959,8 +966,9 @@ def test_compiled_updates_are_the_eager_ones():
 
 # --- the loop of main -------------------------------------------------------------------------------------
 def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_online(monkeypatch, tmp_path):
-    """Two episodes with returns 1 + 1 and 6: rewards are multiplied by 1000 / (6 - 2) = 250. With every 5th update
-    after the 10th, the target actor moves after updates 15, 20, 25 and 30, and not after 10. Act: online actor, target critics."""
+    """Two episodes with returns 1 + 1 and 6: rewards are multiplied by 1000 / (6 - 2) = 250. Every 5th update and
+    later than 10: the target actor moves after updates 15, 20, 25 and 30. The online actor acts, judged by the
+    target critics."""
     s, a = torch.randn(3, 3), tensor([[1.0, -1.0], [0.5, 0.2], [-0.3, 1.0]])
     data = Dataset(s, a, tensor([1.0, 1.0, 6.0]), s, tensor([0.0, 1.0, 1.0]), tensor([False, True, True]))
     seen, moved = {}, []
@@ -1027,12 +1035,12 @@ PAPER_TABLE = """
 def test_presets_are_the_published_settings(row):
     name, eta, eta_lr, b, rho, next_value, critic_lr = row.split()
     args = dac.resolve(dac.Args(env=name))
-    assert (args.eta, args.eta_lr, args.rho, args.critic_lr) == tuple(map(float, (eta, eta_lr, rho, critic_lr)))
+    assert [args.eta, args.eta_lr, args.rho, args.critic_lr] == [float(x) for x in (eta, eta_lr, rho, critic_lr)]
     assert args.next_value == next_value and (b == "-" or args.b == float(b))
     common_values = dict(
         steps=2_000_000, batch_size=256, discount=0.99, T=5, hidden=(256, 256, 256), H=10, N=10, N_a=10,
-        actor_lr=3e-4, grad_clip=1.0, polyak=0.005, ema_every=5, ema_after=1000, guidance="soft", target="lcb",
-        temperature=0.0, clip_x0=True, reward_scale="range", eval_every=10_000, eval_episodes=10,
+        actor_lr=3e-4, grad_clip=1.0, polyak=0.005, ema_every=5, ema_after=1000, guidance="soft",
+        target="lcb", temperature=0.0, clip_x0=True, reward_scale="range", eval_every=10_000, eval_episodes=10,
     )  # fmt: skip
     assert {k: getattr(args, k) for k in common_values} == common_values
 
@@ -1046,13 +1054,14 @@ def test_the_table_has_all_fifteen_datasets_of_the_paper():
 def test_bandits_have_the_settings_of_figure_2(name):
     args = dac.resolve(dac.Args(env=name))
     want = dict(
-        steps=20_000, batch_size=128, T=50, hidden=(64, 64, 64), H=5, N=10, N_a=1, eta=1.0, eta_lr=0.01, b=1.3,
-        actor_lr=1e-3, critic_lr=1e-3, ema_after=10, clip_x0=False, reward_scale="none", guidance="soft",
+        steps=20_000, batch_size=128, T=50, hidden=(64, 64, 64), H=5, N=10, N_a=1, eta=1.0, eta_lr=0.01,
+        b=1.3, actor_lr=1e-3, critic_lr=1e-3, ema_after=10, clip_x0=False, reward_scale="none", guidance="soft",
     )  # fmt: skip
     assert {k: getattr(args, k) for k in want} == want
 
 
 def test_a_dataset_outside_the_paper_takes_the_common_values_and_the_command_line_wins():
     args = dac.resolve(dac.Args(env="ant-medium-v2", rho=0.3, T=7))
-    assert (args.eta, args.eta_lr, args.b, args.rho, args.T, args.next_value) == (1.0, 1e-3, 1.0, 0.3, 7, "mean")
+    assert (args.eta, args.eta_lr, args.b, args.next_value) == (1.0, 1e-3, 1.0, "mean")
+    assert (args.rho, args.T) == (0.3, 7)
     assert dac.resolve(dac.Args(env="halfcheetah-medium-expert-v2", b=0.4)).b == 0.4

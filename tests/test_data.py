@@ -735,7 +735,7 @@ def episode(steps: int, end: str, start: float = 0.0, observe=None, high: float 
     return dict(observations=o, actions=a, rewards=(t[1:] + start).astype(np.float64), **flags)
 
 
-THREE = [episode(5, "truncations"), episode(4, "terminations", 10), episode(3, "none", 20)]
+THREE = [episode(5, "truncations"), episode(3, "none", 10), episode(4, "terminations", 20)]
 
 
 def test_minari_rows(store):
@@ -743,13 +743,15 @@ def test_minari_rows(store):
     put("test/pendulum-v0", THREE, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
     data = load_dataset("test/pendulum-v0")
     step = data.s[:, 2]
-    assert step.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 20, 21, 22]
-    assert torch.equal(data.s_next[:, 2], step + 1)  # 5, 14 and 23 at the ends, not the next episode's start
-    assert data.terminal.tolist() == [float(x == 13) for x in step]  # a truncation is not terminal
-    assert data.end.tolist() == [x in (4, 13, 22) for x in step]
-    assert data.returns().tolist() == [15, 11 + 12 + 13 + 14, 21 + 22 + 23]
+    assert step.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 20, 21, 22, 23]
+    assert torch.equal(data.s_next[:, 2], step + 1)  # 5, 13 and 24 at the ends, not the next episode's start
+    assert data.terminal.tolist() == [float(x == 23) for x in step]  # a truncation is not terminal
+    assert data.end.tolist() == [x in (4, 12, 23) for x in step]  # flagged or not
+    assert data.returns().tolist() == [15, 11 + 12 + 13, 21 + 22 + 23 + 24]
     assert data.a[:5, 0].tolist() == [-1, -0.5, 0, 0.5, 1]  # torque in [-2, 2] -> [-1, 1]
     assert all(getattr(data, k).dtype == torch.float32 for k in ("s", "a", "r", "s_next", "terminal"))
+    raw = common.load_raw("test/pendulum-v0")
+    assert np.flatnonzero(raw.timeout).tolist() == [4, 7] and np.flatnonzero(raw.terminal).tolist() == [11]
 
 
 def test_minari_scores_come_from_the_dataset(store):

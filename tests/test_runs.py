@@ -849,10 +849,10 @@ def test_graph_on_a_cpu(tmp_path):
 
 
 NONSENSE = """steps 0, steps -5, batch-size -1, batch-size 0, discount 1.5, discount -0.1, discount nan,
-polyak 0, polyak 1.1, polyak nan, temperature -1, temperature nan, eta nan, eta 0, eta inf, eta-lr -1, eta-lr nan,
-b -1, b nan, rho -1, hidden 0, hidden 16 -1, T 0, H 0, N 0, N-a 0, seed -1, seed 99999999999999999999,
-actor-lr 0, actor-lr -1e-3, critic-lr nan, critic-lr inf, grad-clip 0, ema-every 0, ema-after -1, log-every 0,
-eval-every 0, eval-episodes 0, final-episodes -2, save-every 0"""
+polyak 0, polyak 1.1, polyak nan, temperature -1, temperature nan, eta nan, eta 0, eta inf, eta-lr -1,
+eta-lr nan, b -1, b nan, rho -1, hidden 0, hidden 16 -1, T 0, H 0, N 0, N-a 0, seed -1,
+seed 99999999999999999999, actor-lr 0, actor-lr -1e-3, critic-lr nan, critic-lr inf, grad-clip 0, ema-every 0,
+ema-after -1, log-every 0, eval-every 0, eval-episodes 0, final-episodes -2, save-every 0"""
 
 
 @pytest.mark.parametrize("text", re.split(r",\s", NONSENSE))
