@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import http.client
 import math
 import os
 import re
@@ -224,7 +225,7 @@ def read_hdf5(path: Path, horizon: int = 1000) -> Raw:
             timeout = file["timeouts"][()].astype(bool).reshape(-1) if "timeouts" in file else None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         why = f"cannot read {path} ({str(error).splitlines()[0]})"
-        raise UserError(f"{why}: truncated, not HDF5 or not numbers; {want}") from error
+        raise UserError(f"{why}: truncated, not HDF5 or not numbers (a download? delete it); {want}") from error
     shapes = f"observations {s.shape}, actions {a.shape}, rewards {r.shape}, terminals {terminal.shape}"
     if (s.ndim, a.ndim, r.ndim, terminal.ndim) != (2, 2, 1, 1) or len({len(s), len(a), len(r), len(terminal)}) > 1:
         raise UserError(f"{path}: shapes do not fit together: {shapes}; {want}")
@@ -265,7 +266,6 @@ def transitions(raw: Raw) -> Dataset:
         raise UserError("no transition is left without the rows at time-outs and the last row; expected longer ones")
     s_next = raw.s_next if raw.s_next is not None else np.roll(raw.s, -1, 0)  # row i -> s[i + 1]
     end = raw.terminal[row] | raw.timeout[row] | (np.diff(row, append=n + 1) != 1)
-    end[-1] = True
     arrays = (raw.s[row], raw.a[row], raw.r[row], s_next[row], raw.terminal[row].astype(np.float32))
     return Dataset(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays), end=torch.from_numpy(end))
 
@@ -296,9 +296,9 @@ def fetch(name: str, data_url: str | None = None) -> Path:
                 raise ValueError(f"the SHA-256 starts with {_sha256(part)[:12]}, expected {sha}")
             h5py.File(part, "r").close()
             os.replace(part, path)
-    except (urllib.error.URLError, OSError, ValueError, RuntimeError) as error:
-        http = isinstance(error, urllib.error.HTTPError)
-        why = f"HTTP {error.code} {error.reason}" if http else str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:  # URLError is an OSError
+        status = isinstance(error, urllib.error.HTTPError)
+        why = f"HTTP {error.code} {error.reason}" if status else (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"could not download {name} from {url}: {why}. Nothing was kept; {way_out}") from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -327,11 +327,12 @@ def minari_dataset(name: str):
 
 
 def _flat(observations) -> np.ndarray:
-    """Goal tasks store dicts: achieved_goal, observation, desired_goal side by side, in this order."""
+    """Goal tasks store dicts: achieved_goal, observation, desired_goal side by side, in this order. Kitchen goals are
+    dicts again, one entry per task: by the alphabet."""
     if not isinstance(observations, dict):
         return np.asarray(observations, np.float32)
     keys = [k for k in ("achieved_goal", "observation", "desired_goal") if k in observations]
-    return np.concatenate([np.asarray(observations[k], np.float32) for k in keys], -1)
+    return np.concatenate([_flat(observations[k]) for k in keys or sorted(observations)], -1)
 
 
 def read_minari(name: str) -> Raw:
@@ -366,15 +367,17 @@ def make_env(name: str, eval_env: str | None = None) -> gym.Env:
             elif task is None and MINARI_ID.fullmatch(name):
                 env = minari_dataset(name).recover_environment(eval_env=True)
             else:
-                env = gym.make(task or name)
-        except (gym.error.Error, ImportError) as error:
-            hint = "install requirements.txt, or give --eval-env"
+                # D4RL's ant observes its contact forces too: 111 numbers, not 27
+                ant = task == "Ant-v4" and name in FILES
+                env = gym.make(task or name, **({"use_contact_forces": True} if ant else {}))
+        except (gym.error.Error, ImportError, ValueError) as error:  # ValueError: Minari data without a task
+            hint = "check --env and --eval-env, and that requirements.txt is installed"
             if "d4rl_envs" in str(error):
                 hint = "d4rl_envs.py must stand beside common.py"
             why = f"cannot make the evaluation task of {name!r} ({str(error).splitlines()[0]})"
             raise UserError(f"{why}; {hint}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
-        shape = _flat({k: v.low for k, v in env.observation_space.items()}).shape
+        shape = _flat(env.observation_space.sample()).shape
         env = gym.wrappers.TransformObservation(env, _flat, gym.spaces.Box(-np.inf, np.inf, shape, np.float32))
     if not isinstance(env.action_space, gym.spaces.Box):
         raise UserError(f"the task of {name!r} has actions in {env.action_space}; expected continuous ones (a Box)")
@@ -419,7 +422,7 @@ def _bandit(centres: Tensor, rows: int, spread: float) -> Toy:
     """DAC Fig. 2: Gaussians around `centres`; r = -||a - (0.4, -0.4)|| + 0.5 z."""
 
     def draw(n, g):
-        a = centres[torch.randint(len(centres), (n,), generator=g)] + spread * torch.randn(n, 2, generator=g)
+        a = centres[torch.arange(n) % len(centres)] + spread * torch.randn(n, 2, generator=g)  # equally many per mode
         return a.clamp(-1, 1), reward(a.clamp(-1, 1))
 
     def reward(a):
@@ -521,7 +524,7 @@ def tilted_samples(name: str, n: int, beta: float, seed: int = 0, pool: int = 1_
     """(n, 2) exact samples of p(a) ~ p_data(a) exp(beta r(a)), r the mean reward: fresh draws, resampled."""
     g = torch.Generator().manual_seed(seed)
     x, r = TOYS[name].draw(pool, g)
-    return x[torch.multinomial((beta * r).softmax(0), n, generator=g)] / TOYS[name].scale
+    return x[torch.multinomial((beta * r).softmax(0), n, replacement=True, generator=g)] / TOYS[name].scale
 
 
 # --- diffusion schedules ----------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_schedule_of_five_steps_has_the_numbers_of_the_paper():
 
 
 def test_schedule_of_many_steps_ends_where_that_of_few_steps_ends():
-    """sum_t (2t - 1) = T^2, so ab_T = exp(-0.1 - 9.9/2) = exp(-5.05) at every T: just the steps get smaller."""
+    """sum_t (2t - 1) = T^2, so ab_T = exp(-0.1 - 9.9/2) = exp(-5.05) at every T."""
     for T in (1, 2, 5, 50, 100, 1000):
         sched = vp_schedule(T)
         assert len(sched.beta) == len(sched.alpha) == len(sched.alpha_bar) == T + 1 == sched.T + 1
@@ -148,8 +148,8 @@ def test_noise_of_a_step_has_variance_beta_and_not_that_of_the_posterior():
 
 # --- closed form: Gaussian behaviour, linear Q ------------------------------------------------------------
 def exact_noise(x, t, m, v, sched):
-    """E[eps | x_t = x] for a ~ N(m, v I): x_t ~ N(sqrt(ab) m, V) with V = ab v + 1 - ab, and the covariance of
-    eps with x_t is sqrt(1 - ab), hence sqrt(1 - ab) (x - sqrt(ab) m) / V."""
+    """E[eps | x_t = x] for a ~ N(m, v I): x_t ~ N(sqrt(ab) m, V) with V = ab v + 1 - ab, and the covariance
+    of eps with x_t is sqrt(1 - ab), hence sqrt(1 - ab) (x - sqrt(ab) m) / V."""
     ab = sched.alpha_bar[t]
     ab = ab[:, None] if ab.ndim else ab
     return (1 - ab).sqrt() * (x - ab.sqrt() * m) / (ab * v + 1 - ab)
@@ -172,7 +172,8 @@ def end_of_chain(T, m, v, push, soft=True):
 
 @pytest.mark.parametrize("T, soft", [(5, True), (5, False), (50, True)])
 def test_sampler_on_the_exact_minimiser_ends_at_the_mean_of_the_recursion(T, soft):
-    """Behaviour N(m, v I), Q(a) = k a: E[eps | x_t] - sqrt(1 - ab_t) k / (2 eta) minimises Eq. (5) given x_t."""
+    """Behaviour N(m, v I), Q(a) = k a: E[eps | x_t] - sqrt(1 - ab_t) k / (2 eta) minimises Eq. (5) given
+    x_t."""
     m, v, k, eta, sched = 0.2, 0.04, 0.3, 0.5, vp_schedule(T)
 
     def actor(s, x, t):
@@ -189,9 +190,10 @@ def test_sampler_on_the_exact_minimiser_ends_at_the_mean_of_the_recursion(T, sof
 
 def test_chain_without_guidance_is_the_behaviour_and_soft_guidance_pushes_less_than_hard():
     """Without a push the mean is m; the std of the data is reached by long chains only (T = 5: 0.57 of it).
-    The tilt (2) with eta' = 2 eta is N(m + v k / eta', v), mean 0.2 + 0.04 * 0.3 = 0.212. The push of Eq. (5) is
-    the same gradient at every noise level, where the exact one would shrink by sqrt(ab_t) v / V_t on the way up:
-    soft guidance moves the mean further than the tilt, to 0.2544 for large T, and hard guidance further still."""
+    The tilt (2) with eta' = 2 eta is N(m + v k / eta', v), mean 0.2 + 0.04 * 0.3 = 0.212. The push of Eq. (5)
+    is the same gradient at every noise level, where the exact one would shrink by sqrt(ab_t) v / V_t on the
+    way up: soft guidance moves the mean further than the tilt, to 0.2544 for large T, and hard guidance
+    further still."""
     m, v = 0.2, 0.04
     for T in (5, 50, 1000):
         assert abs(end_of_chain(T, m, v, 0.0)[0] - m) < 1e-4
@@ -218,7 +220,8 @@ def test_actor_loss_by_hand():
 
 
 def test_noise_level_zero_knows_no_soft_guidance_and_each_row_has_its_own_level():
-    """sqrt(1 - ab_t) = 0, 0.44257718, 0.99679018 at t = 0, 1, 5;  <g, e> = 1 + 2 = 3 in each of three rows."""
+    """sqrt(1 - ab_t) = 0, 0.44257718, 0.99679018 at t = 0, 1, 5;  <g, e> = 1 + 2 = 3 in each of three
+    rows."""
     e, g = tensor([[1.0, 2.0]] * 3), torch.ones(3, 2)
     _, _, push = dac.actor_loss(e, e, g, tensor([0, 1, 5]), tensor(1.0), vp_schedule(5), "soft")
     close(push, 3 * (0 + 0.44257718 + 0.99679018) / 6)
@@ -320,9 +323,9 @@ def target_of(q, r=1.0, terminal=0.0, discount=0.99, rho=1.0, target="lcb", next
 
 
 def test_critic_target_by_hand():
-    """H = 2 heads, N = 2 next actions, one state: head 1 says 1 and 3, head 2 says 5 and 7;  r = 1, gamma = 0.99.
-    Over actions first, v = (2, 6); then over heads: mean 4, population std sqrt((2^2 + 2^2)/2) = 2 (the sample
-    std would be 2.83).  V = 4 - 2 = 2,  y = 1 + 0.99 * 2 = 2.98."""
+    """H = 2 heads, N = 2 next actions, one state: head 1 says 1 and 3, head 2 says 5 and 7;  r = 1, gamma =
+    0.99. Over actions first, v = (2, 6); then over heads: mean 4, population std sqrt((2^2 + 2^2)/2) = 2 (the
+    sample std would be 2.83).  V = 4 - 2 = 2,  y = 1 + 0.99 * 2 = 2.98."""
     q = [[[1.0, 3.0]], [[5.0, 7.0]]]
     close(target_of(q), [2.98], 1e-12)
     close(target_of(q, next_value="max"), [3.97], 1e-12)  # v = (3, 7), V = 5 - 2 = 3
@@ -371,7 +374,8 @@ def test_derivatives_of_the_losses_are_those_of_finite_differences(float64):
 @pytest.mark.parametrize("mode", ["no_grad", "grad", "compiled"])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 3e-6), (torch.float64, 1e-12)])
 def test_mish_is_mish_in_all_of_its_forms(mode, dtype, atol, monkeypatch):
-    """x tanh(softplus(x)), values and slopes, also where e^x overflows. 70,001 numbers are three cache blocks."""
+    """x tanh(softplus(x)), values and slopes, also where e^x overflows. 70,001 numbers are three cache
+    blocks."""
     far = tensor([0.0, -1e-3, 19.99, 20.01, 44.5, 88.5, 89.0, 100.0, 800.0, 1e4, -20.0, -100.0, -800.0, -1e4])
     x = torch.cat([far, torch.linspace(-30, 30, 70_001 - len(far))]).to(dtype)
     if mode == "compiled":
@@ -589,8 +593,8 @@ def train_on_gaussian(eta, eta_lr, b, steps, m=(0.2, -0.3), v=0.04, k=(0.6, -0.3
 
 
 def test_the_real_network_finds_the_guided_gaussian():
-    """1,500 real updates at eta = 0.5: the network must become E[eps | x_t] - sqrt(1 - ab_t) g / (2 eta), with
-    g = k / c = (0.4, -0.2), and the sampler on it must end where the recursion says: its means move from
+    """1,500 real updates at eta = 0.5: the network must become E[eps | x_t] - sqrt(1 - ab_t) g / (2 eta),
+    with g = k / c = (0.4, -0.2), and the sampler on it must end where the recursion says: its means move from
     (0.2, -0.3) by 0.164 and -0.082. Cloning, a wrong sign and hard guidance (0.29, -0.14) all miss that."""
     m, v, push = tensor([0.2, -0.3]), 0.04, tensor([0.4, -0.2])  # push = g / (2 eta)
     agent, sched, _ = train_on_gaussian(eta=0.5, eta_lr=0.0, b=1.0, steps=1500)
@@ -609,8 +613,9 @@ def test_the_real_network_finds_the_guided_gaussian():
 
 
 def test_the_learned_multiplier_finds_the_value_at_which_the_constraint_binds():
-    """At its minimiser the noise error is  bc(eta) = mean_t ab_t v / V_t + mean_t (1 - ab_t) mean_j g_j^2 / (4 eta^2):
-    what x_t leaves unknown of eps, plus what the push costs. Dual ascent must find bc(eta) = b, so eta = 0.196."""
+    """At its minimiser the noise error is  bc(eta) = mean_t ab_t v / V_t + mean_t (1 - ab_t) mean_j g_j^2 /
+    (4 eta^2): what x_t leaves unknown of eps, plus what the push costs. Dual ascent must find bc(eta) = b, so
+    eta = 0.196."""
     b, g2 = 0.5, (0.4**2 + 0.2**2) / 2
     _, _, ab = vp(5)
     unknown = statistics.fmean(x * 0.04 / (x * 0.04 + 1 - x) for x in ab[1:])
@@ -624,8 +629,8 @@ def tiny_args(**settings):
     """Everything at once: rates so high that each mistake shows, a norm bound that is met and not met."""
     args = dac.Args(
         env="hopper-medium-v2", steps=16, batch_size=6, T=3, hidden=(5, 4), H=3, N=2, discount=0.9, rho=1.5,
-        actor_lr=0.02, critic_lr=0.03, grad_clip=0.6, polyak=0.1, ema_every=2, ema_after=4, eta=0.8, eta_lr=0.05,
-        b=0.9,
+        actor_lr=0.02, critic_lr=0.03, grad_clip=0.6, polyak=0.1, ema_every=2, ema_after=4, eta=0.8, b=0.9,
+        eta_lr=0.05,
     )  # fmt: skip
     return dac.resolve(replace(args, **settings))
 
@@ -689,7 +694,8 @@ def slow_draw(weights, s, T):
 
 
 class SlowAdam:
-    """Kingma & Ba (2015), Algorithm 1, after clipping the joint norm of the tensors it is given to `bound`."""
+    """Kingma & Ba (2015), Algorithm 1, after clipping the joint norm of the tensors it is given to
+    `bound`."""
 
     def __init__(self, weights, rate, bound, steps):
         self.weights, self.rate, self.bound, self.steps = weights, rate, bound, steps
@@ -820,8 +826,8 @@ class Slow:
     ids=str,
 )
 def test_twelve_updates_equal_those_of_a_second_slow_implementation(settings, float64):
-    """Same initial weights, same random numbers, float64: all losses, weights, averages and eta agree to 1e-9.
-    The target actor moves after updates 6, 8 and 10 (even, and later than 4)."""
+    """Same initial weights, same random numbers, float64: all losses, weights, averages and eta agree to
+    1e-9. The target actor moves after updates 6, 8 and 10 (even, and later than 4)."""
     settings = dict(settings)
     data, sched = tiny_data(one_step=settings.pop("one_step", False)), double_schedule(3)
     args = tiny_args(**settings)
@@ -966,9 +972,9 @@ def test_compiled_updates_are_the_eager_ones():
 
 # --- the loop of main -------------------------------------------------------------------------------------
 def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_online(monkeypatch, tmp_path):
-    """Two episodes with returns 1 + 1 and 6: rewards are multiplied by 1000 / (6 - 2) = 250. Every 5th update and
-    later than 10: the target actor moves after updates 15, 20, 25 and 30. The online actor acts, judged by the
-    target critics."""
+    """Two episodes with returns 1 + 1 and 6: rewards are multiplied by 1000 / (6 - 2) = 250. Every 5th update
+    and later than 10: the target actor moves after updates 15, 20, 25 and 30. The online actor acts, judged
+    by the target critics."""
     s, a = torch.randn(3, 3), tensor([[1.0, -1.0], [0.5, 0.2], [-0.3, 1.0]])
     data = Dataset(s, a, tensor([1.0, 1.0, 6.0]), s, tensor([0.0, 1.0, 1.0]), tensor([False, True, True]))
     seen, moved = {}, []
@@ -1035,12 +1041,14 @@ PAPER_TABLE = """
 def test_presets_are_the_published_settings(row):
     name, eta, eta_lr, b, rho, next_value, critic_lr = row.split()
     args = dac.resolve(dac.Args(env=name))
-    assert [args.eta, args.eta_lr, args.rho, args.critic_lr] == [float(x) for x in (eta, eta_lr, rho, critic_lr)]
+    assert (args.eta, args.eta_lr) == (float(eta), float(eta_lr))
+    assert (args.rho, args.critic_lr) == (float(rho), float(critic_lr))
     assert args.next_value == next_value and (b == "-" or args.b == float(b))
     common_values = dict(
         steps=2_000_000, batch_size=256, discount=0.99, T=5, hidden=(256, 256, 256), H=10, N=10, N_a=10,
         actor_lr=3e-4, grad_clip=1.0, polyak=0.005, ema_every=5, ema_after=1000, guidance="soft",
-        target="lcb", temperature=0.0, clip_x0=True, reward_scale="range", eval_every=10_000, eval_episodes=10,
+        target="lcb", temperature=0.0, clip_x0=True, reward_scale="range", eval_every=10_000,
+        eval_episodes=10,
     )  # fmt: skip
     assert {k: getattr(args, k) for k in common_values} == common_values
 
@@ -1055,7 +1063,7 @@ def test_bandits_have_the_settings_of_figure_2(name):
     args = dac.resolve(dac.Args(env=name))
     want = dict(
         steps=20_000, batch_size=128, T=50, hidden=(64, 64, 64), H=5, N=10, N_a=1, eta=1.0, eta_lr=0.01,
-        b=1.3, actor_lr=1e-3, critic_lr=1e-3, ema_after=10, clip_x0=False, reward_scale="none", guidance="soft",
+        b=1.3, actor_lr=1e-3, critic_lr=1e-3, ema_after=10, clip_x0=False, reward_scale="none",
     )  # fmt: skip
     assert {k: getattr(args, k) for k in want} == want
 
