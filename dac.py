@@ -244,8 +244,8 @@ class Critics(nn.Module):
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)) = x n / (n + 2), n = e^x (e^x + 2): one exponential where F.mish takes three functions. On a CPU
-    it is half of the time of an update, hence its own rule below; without gradients it overwrites x (docs/speed.md)."""
+    """x tanh(softplus(x)) = x n / (n + 2), n = e^x (e^x + 2): one exponential where F.mish takes three functions.
+    On a CPU it is half of the time of an update, hence the rule below; without gradients it overwrites x."""
     if torch.compiler.is_compiling():
         e = x.clamp(max=20).exp()
         return x * (e * (e + 2) / (e * (e + 2) + 2))
@@ -517,7 +517,7 @@ def accelerate(fn, args, device: torch.device):
     """fn as --compile and --graph ask; `auto` as their help texts say."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if args.compile == "on" and not compiler:
-        raise UserError("--compile on needs a C++ compiler, and neither $CXX nor g++ nor clang++ is there; leave it out")
+        raise UserError("--compile on needs a C++ compiler ($CXX, g++ or clang++), and none is there; leave it out")
     if args.compile == "on" or (args.compile == "auto" and compiler and device.type == "cuda"):
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it warns of Adam's profiler marks
         fn = torch.compile(fn)

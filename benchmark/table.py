@@ -1,6 +1,6 @@
 """Tables and curves from committed evaluations.
 
-    python benchmark/table.py                     prints the table of benchmark/results/*.csv, draws docs/figures/*_demo.png
+    python benchmark/table.py                     prints the table of benchmark/results/*.csv, draws the demos' curves
     python benchmark/table.py --collect RUN_DIR   first copies RUN_DIR/<label>/<env>/<method>/seed<k>/eval.csv there
 
 A file is named <env>__<method>__<label>__seed<k>.csv. The table: mean and standard deviation over seeds of the final
@@ -60,10 +60,11 @@ def data_average(env: str) -> float:
 
 
 def table(runs) -> str:
-    lines = ["| dataset | average of the data | run | last policy | best evaluation | per seed | steps |", "|---" * 7 + "|"]
+    lines = ["| dataset | average of the data | run | last policy | best evaluation | per seed | steps |"]
+    lines += ["|---" * 7 + "|"]
     for (env, method, label), curves in runs.items():
         last, best = [c[max(c)] for c in curves], [max(c.values()) for c in curves]
-        name = method if label == method else f"{method}, {label}"
+        name = method if label == method else label if label == "cloning" else f"{method}, {label}"
         lines.append(f"| {env} | {data_average(env):.1f} | {name} | {np.mean(last):.1f} ± {np.std(last):.1f} | "
                      f"{np.mean(best):.1f} | {' '.join(f'{x:.1f}' for x in last)} | {max(curves[0]):,} |")  # fmt: skip
     return "\n".join(lines)
@@ -75,7 +76,7 @@ def draw(runs, env: str) -> None:
         if name == env:
             steps = sorted(set.intersection(*(set(c) for c in curves)))
             y = np.array([[c[s] for s in steps] for c in curves])  # (seeds, evaluations)
-            text = method if label == method else f"{method}, {label}"
+            text = method if label == method else label if label == "cloning" else f"{method}, {label}"
             (line,) = ax.plot(steps, y.mean(0), marker="o", ms=3, label=f"{text} ({len(curves)} seeds)")
             ax.fill_between(steps, y.min(0), y.max(0), alpha=0.2, lw=0, color=line.get_color())
     ax.axhline(data_average(env), color="gray", ls="--", lw=1, label="average of the data")

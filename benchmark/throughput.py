@@ -5,8 +5,8 @@
 Timed: whole updates (batch, target, critic, actor, eta, optimisers, averages), data on the device, no logging, no
 evaluation; the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own.
 FLOPs: the formulas of torch.utils.flop_counter, matrix products only. share: seconds that plain torch.mm needs for the
-same products (same shapes, one after the other), over seconds of the update. act: one call for 10 episodes at once, as in
-evaluation. Peak memory: CUDA allocator; on a CPU the largest resident size of the process so far.
+same products (same shapes, one after the other), over seconds of the update. act: one call for 10 episodes at once, as
+in evaluation. Peak memory: CUDA allocator; on a CPU the largest resident size of the process so far.
 """
 
 import platform

@@ -6,8 +6,8 @@
 
 The controller pumps energy, torque = gain (E_top - E) sign(velocity), and holds upright with -(8 angle + 1.5 velocity).
 The data is meant to be instructive: mixed quality (gain uniform in [0.3, 1.5] per episode; torque noise of standard
-deviation 0.1, 0.5 or 1.0 held for 6 steps; every fourth episode plays uniform actions held for 8 steps), so that cloning
-it fails and offline RL works.
+deviation 0.1, 0.5 or 1.0 held for 6 steps; every fourth episode plays uniform actions held for 8 steps), so that
+cloning it fails and offline RL works.
 """
 import sys
 from pathlib import Path

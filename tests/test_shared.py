@@ -1,4 +1,4 @@
-"""What is the same in all scripts stands in each of them word for word, and the documents point at things that exist."""
+"""What is the same in all scripts stands in each of them word for word; documents point at things that exist."""
 
 import ast
 import re
@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("dac", "diffusion_dice", "swg", "dydiff") if (ROOT / f"{name}.py").exists()]
-SHARED = """Graphed accelerate pick_device evaluate save load restore run_folder Run summary again first_line device_name
-            describe plot_curve plot_toy off_support check_task seed_all""".split()
+SHARED = """Graphed accelerate pick_device evaluate save load restore run_folder Run summary again first_line
+            device_name describe plot_curve plot_toy off_support check_task seed_all""".split()
 COMMON_ARGS = """env data_path data_url eval_env seed device run_dir resume overwrite eval_only log_every eval_every
                  eval_episodes final_episodes save_every compile graph""".split()
 
@@ -17,7 +17,8 @@ COMMON_ARGS = """env data_path data_url eval_env seed device run_dir resume over
 def pieces(script: str) -> dict[str, str]:
     source = (ROOT / f"{script}.py").read_text()
     tree = ast.parse(source)
-    return {n.name: ast.get_source_segment(source, n) for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    named = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name: ast.get_source_segment(source, node) for node in named}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -37,22 +38,26 @@ def test_arguments_begin_with_the_common_ones_in_the_same_order(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_order_of_a_file_is_that_of_the_design(script):
-    """Args, presets, networks, losses, sampler, update, running, main: a reader finds the same thing in the same place."""
+    """A reader finds the same thing in the same place."""
     source = (ROOT / f"{script}.py").read_text()
-    marks = ["class Args", "PRESETS = ", "def resolve", "# --- networks", "# --- losses", "# --- sampler", "def make_update",
-             "class Graphed", "def evaluate", "def save", "def load", "class Run", "def main"]  # fmt: skip
+    marks = ["class Args", "PRESETS = ", "def resolve", "# --- networks", "# --- losses", "# --- sampler"]
+    marks += ["def make_update", "class Graphed", "def evaluate", "def save", "def load", "class Run", "def main"]
     places = [source.index(mark) for mark in marks]
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")], ids=lambda p: p.name)
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_relative_link_of_a_page_leads_somewhere(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_the_map_of_equations_names_functions_that_exist():
-    rows = re.findall(r"^\| .* \| (`\w+`(?:, `\w+`)*)(?: in `common.py`)? \|$", (ROOT / "docs" / "dac.md").read_text(), re.M)
+    page = (ROOT / "docs" / "dac.md").read_text()
+    rows = re.findall(r"^\| .* \| (`\w+`(?:, `\w+`)*)(?: in `common.py`)? \|$", page, re.M)
     names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert {"actor_loss", "critic_target", "dual_step", "sample", "vp_schedule"} <= names
     common = (ROOT / "common.py").read_text()
