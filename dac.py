@@ -171,7 +171,7 @@ PRESETS = {  # what differs from PAPER: docs/dac.md says where each value comes 
     "pendulum-demo": dict(  # ours, sized for a minute on a CPU
         steps=10_000, batch_size=128, hidden=(64, 64), H=2, N=1, b=0.3, actor_lr=1e-3, critic_lr=1e-3,
         log_every=200, eval_every=2000, final_episodes=20, save_every=2000),
-    "hopper-demo": dict(  # ours, sized for ten minutes on a CPU: smaller networks, one next action, two candidates
+    "hopper-demo": dict(  # ours, sized for minutes on a CPU: smaller networks, one next action, two candidates
         steps=60_000, batch_size=128, hidden=(128, 128), N=1, N_a=2, eta=0.1, b=0.1, save_every=5000),
     **{toy: _BANDIT for toy in TOYS},
 }

@@ -11,5 +11,10 @@ for seed in 0 1 2; do
   echo "--seed $seed --run-dir $runs/b=1 --env pendulum-demo --b 1"
   echo "--seed $seed --run-dir $runs/b=0.1 --env pendulum-demo --b 0.1"
   echo "--seed $seed --run-dir $runs/dac --env hopper-demo"
-  echo "--seed $seed --run-dir $runs/cloning --env hopper-demo --guidance none"
+  echo "--seed $seed --run-dir $runs/cloning --env hopper-demo --guidance none --N-a 1 --H 1"
 done | xargs -P 2 -L 1 python dac.py --resume
+for seed in 0 1 2; do
+  for n in 1 4; do
+    python dac.py --env hopper-demo --run-dir "$runs/dac" --seed $seed --eval-only --N-a $n --final-episodes 50
+  done
+done

@@ -71,8 +71,9 @@ def table(runs) -> str:
     lines += ["|---" * 7 + "|"]
     for (env, method, label), curves in runs.items():
         last, best = [c[max(c)] for c in curves], [max(c.values()) for c in curves]
-        lines.append(f"| {env} | {data_average(env):.1f} | {name(method, label)} | {np.mean(last):.1f} ± {np.std(last):.1f} | "
-                     f"{np.mean(best):.1f} | {' '.join(f'{x:.1f}' for x in last)} | {max(curves[0]):,} |")  # fmt: skip
+        mean, values = f"{np.mean(last):.1f} ± {np.std(last):.1f}", " ".join(f"{x:.1f}" for x in last)
+        start = f"| {env} | {data_average(env):.1f} | {name(method, label)} | {mean} | "
+        lines.append(f"{start}{np.mean(best):.1f} | {values} | {max(curves[0]):,} |")
     return "\n".join(lines)
 
 

@@ -957,7 +957,7 @@ def test_compiled_updates_are_the_eager_ones():
 
     size = dict(steps=20, hidden=(4,), T=2, H=2, N=1)
     eager, agent = run_updates(20, **size)
-    with config.patch(fallback_random=True):
+    with config.patch({"fallback_random": True, "cpp.simdlen": 0}):  # 0: loops that g++ compiles faster
         compiled, agent_compiled = run_updates(20, wrap, **size)
     torch._dynamo.reset()
     close(compiled, eager, 1e-5)
@@ -968,10 +968,11 @@ def test_compiled_updates_are_the_eager_ones():
 
 # --- the loop of main -------------------------------------------------------------------------------------
 def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_online(monkeypatch, tmp_path):
-    """Two episodes with returns 1 + 1 and 6: rewards are multiplied by 1000 / (6 - 2) = 250. Every 5th after
-    10: the target actor moves after updates 15, 20, 25, 30. The online actor and the target critics act."""
+    """Two episodes with returns 1 + 1 (cut by time) and 6: rewards are multiplied by 1000 / (6 - 2) = 250.
+    Every 5th update, later than 10: the target actor moves after updates 15, 20, 25 and 30.
+    Actions are drawn from the online actor and chosen by the target critics."""
     s, a = torch.randn(3, 3), tensor([[1.0, -1.0], [0.5, 0.2], [-0.3, 1.0]])
-    data = Dataset(s, a, tensor([1.0, 1.0, 6.0]), s, tensor([0.0, 1.0, 1.0]), tensor([False, True, True]))
+    data = Dataset(s, a, tensor([1.0, 1.0, 6.0]), s, tensor([0.0, 0.0, 1.0]), tensor([False, True, True]))
     seen, moved = {}, []
 
     class Loop:
