@@ -1,7 +1,7 @@
 """DAC: Diffusion Actor-Critic (Fang et al., ICLR 2025, arXiv 2405.20555).
 
 Offline RL as constrained policy iteration: maximise Q under KL(pi || behaviour) <= eps_b. The solution
-pi* ~ pi_b exp(Q / eta) is written as a target for the noise of a diffusion model, so the actor is trained by
+pi* ~ pi_b exp(Q / eta) suggests a target for the noise of a diffusion model, so the actor is trained by
 plain regression on dataset actions plus one gradient of Q with respect to its input; nothing is back-propagated
 through the denoising chain. docs/dac.md states equations (1)-(5).
 
@@ -153,7 +153,7 @@ PAPER = dict(
     final_episodes=100, save_every=50_000,
 )
 _ANTMAZE = dict(eta=0.1, eta_lr=0.0, rho=1.0, next_value="max")
-_BANDIT = dict(
+_BANDIT = dict(  # Fig. 2; the toys that are not DAC's take the same
     steps=20_000, batch_size=128, T=50, hidden=(64, 64, 64), eta_lr=0.01, b=1.3, H=5, N_a=1, clip_x0=False,
     actor_lr=1e-3, critic_lr=1e-3, ema_after=10, reward_scale="none", eval_every=5000, eval_episodes=1000,
     final_episodes=2000, save_every=5000,
@@ -237,10 +237,11 @@ class Critics(nn.Module):
                 nn.init.xavier_uniform_(head)
 
     def forward(self, s: Tensor, a: Tensor) -> Tensor:
-        x = torch.cat([s, a], -1).expand(len(self.weights[0]), -1, -1)  # (H, B, S + A)
-        for w, b in zip(self.weights[:-1], self.biases[:-1]):
+        *hidden, (w_out, b_out) = zip(self.weights, self.biases)
+        x = torch.cat([s, a], -1).expand(len(w_out), -1, -1)  # (H, B, S + A)
+        for w, b in hidden:
             x = mish(torch.baddbmm(b, x, w))  # (H, B, width)
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).squeeze(-1)  # (H, B)
+        return torch.baddbmm(b_out, x, w_out).squeeze(-1)  # (H, B)
 
 
 def mish(x: Tensor) -> Tensor:
@@ -304,7 +305,8 @@ def value_gradient(critics: Critics, s: Tensor, x_t: Tensor, C: Tensor) -> Tenso
 
 def actor_loss(e: Tensor, eps: Tensor, g: Tensor, t: Tensor, eta: Tensor, sched, guidance: str):
     """Eq. (5):  eta ||e - eps||^2 + sqrt(1 - ab_t) <e, g>,  both as means over (B, A);  its minimiser is
-    e = eps - sqrt(1 - ab_t) g / (2 eta).  hard drops sqrt(1 - ab_t).  Returns (loss, bc, guidance)."""
+    e = eps - sqrt(1 - ab_t) g / (2 eta).  hard drops sqrt(1 - ab_t); none and denoised come with g = 0.
+    Returns (loss, bc, guidance)."""
     bc = (e - eps).square().mean()
     factor = (1 - sched.alpha_bar[t, None]).sqrt() if guidance == "soft" else 1.0  # (B, 1)
     push = (factor * g * e).mean()  # minimised: e moves along -g, the denoised action along +g
@@ -342,7 +344,7 @@ def critic_loss(q: Tensor, y: Tensor) -> Tensor:
 # --- sampler ----------------------------------------------------------------------------------------------
 def sample(actor: NoiseNet, s: Tensor, x: Tensor, z: Tensor, sched, clip: bool = True) -> Tensor:
     """Reverse chain t = T..1 with noise sqrt(beta_t), not the posterior's.  s (B, S);  x (B, A) start,
-    ~ N(0, I);  z (T + 1, B, A), row t the noise of step t.   Returns (B, A); with clip in [-1, 1]."""
+    ~ N(0, I);  z (T + 1, B, A), row t the noise of step t (0, 1 unused).   Returns (B, A); with clip in [-1, 1]."""
     for t in range(sched.T, 0, -1):
         ab, ab_prev, alpha, beta = sched.alpha_bar[t], sched.alpha_bar[t - 1], sched.alpha[t], sched.beta[t]
         e = actor(s, x, torch.full((1,), t, device=x.device))
@@ -432,7 +434,7 @@ def make_update(args: Args, agent: Agent, data, sched):
         i = torch.randint(len(data), (B,), device=device)  # [D1]
         s, a, r, s_next, terminal = data.s[i], data.a[i], data.r[i], data.s_next[i], data.terminal[i]
 
-        # --- critic: target actor and target critics of the step before ---
+        # --- critic: target actor and target critics as they stand before this step ---
         with torch.no_grad():
             y = r
             if not one_step:
