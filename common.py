@@ -4,6 +4,8 @@
     make_env(name)          the gymnasium task that a name is evaluated in: flat observations, actions in [-1, 1]
     normalized_score(name)  D4RL's 0 (random) to 100 (expert) scale
     vp_schedule, cosine_schedule, linear_schedule, VPSDE, edm_sigmas
+    python common.py                          every name: rows, sizes, task, which paper uses it
+    python common.py NAME|FILE [--env NAME]   a look at one dataset, before anything is trained on it
 
 Shapes: N rows, S state, A action.  Bad input raises UserError, whose text is one line for the user.
 """
@@ -16,6 +18,7 @@ import math
 import os
 import re
 import socket
+import sys
 import tempfile
 import urllib.error
 import warnings
@@ -23,11 +26,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 
@@ -108,18 +113,43 @@ REFERENCE = {  # (return at score 0, return at score 100), d4rl/infos.py: the sa
     "door": (-56.512833, 2880.5693087298737), "relocate": (-6.425911, 4233.877797728884),
     "pendulum-demo": (-1224.1, -152.9),  # ours: random actions, best controller (data/make_pendulum.py --score)
 }
-ENV_IDS = {  # -v4 keeps the rewards and models of D4RL's -v2, -v5 does not (docs/data.md)
+ENV_IDS = {  # -v4 keeps the rewards and models of D4RL's -v2, -v5 does not (docs/data.md); other names: d4rl_envs.py
     # [D5]
     "hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4",
     "hopper-demo": "Hopper-v5", "pendulum-demo": "Pendulum-v1",
+}
+SIZES = {  # of D4RL's tasks: (S, A, steps after which an episode is cut)
+    "hopper": (11, 3, 1000), "halfcheetah": (17, 6, 1000), "walker2d": (17, 6, 1000), "ant": (111, 8, 1000),
+    "antmaze": (29, 8, 1000), "antmaze-umaze": (29, 8, 700), "kitchen": (60, 9, 280),
+    "maze2d-umaze": (4, 2, 300), "maze2d-medium": (4, 2, 600), "maze2d-large": (4, 2, 800),
+    "pen": (45, 24, 100), "hammer": (46, 26, 200), "door": (39, 28, 200), "relocate": (39, 30, 200),
+    "pendulum-demo": (3, 1, 200),
+}
+ROWS = {  # of the files, for the listing only: nothing checks them (docs/data.md); where nobody says: none
+    "hopper-medium-replay": 402_000, "halfcheetah-medium-replay": 202_000, "walker2d-medium-replay": 302_000,
+    "hopper-medium-expert": 1_999_906, "halfcheetah-medium-expert": 2_000_000, "walker2d-medium-expert": 1_999_995,
+    **{f"{t}-{q}": 1_000_000 for t in ("hopper", "halfcheetah", "walker2d") for q in ("random", "medium", "expert")},
+    "antmaze": 1_000_000, "maze2d-umaze": 1_000_000, "maze2d-medium": 2_000_000, "maze2d-large": 4_000_000,
+    "kitchen-complete": 3_680, "kitchen": 136_950,
+    "pen-human": 5_000, "hammer-human": 11_310, "door-human": 6_729, "relocate-human": 9_942,
+    "pendulum-demo": 40_000, "hopper-demo": 99_618,
+}
+PAPERS = {  # regular expressions of the names in each paper's tables and figures
+    "DAC": r"(hopper|halfcheetah|walker2d)-medium(-replay|-expert)?-v2|antmaze-.*-v0|bandit-(?!ring).*",
+    "Diffusion-DICE": r"(hopper|halfcheetah|walker2d)-medium(-replay|-expert)?-v2|antmaze-.*-v2|bandit-ring",
+    "DyDiff": r"(hopper|halfcheetah|walker2d)-medium(-replay|-expert)?-v2|maze2d-(umaze|medium|large)-v1",
+    "SWG": r"(hopper|halfcheetah|walker2d)-medium(-replay|-expert)?-v2|antmaze-.*-v0|kitchen-.*|"
+    r".*-(human|cloned)-v0|toy-.*",
 }
 DEMOS = ("pendulum-demo", "hopper-demo")
 MINARI_ID = re.compile(r"([\w-]+/)+[\w-]+-v\d+")
 
 
 def _by_task(table: dict, name: str):
-    """The entry of a name, else of its task: "hopper-medium-v2" -> "hopper"."""
-    return table.get(name, table.get(name.split("-")[0]))
+    """The entry of a name, else of its longest beginning that has one: "antmaze-umaze-diverse" -> "antmaze-umaze"."""
+    words = name.split("-")
+    beginnings = ("-".join(words[:n]) for n in range(len(words), 0, -1))
+    return next((table[b] for b in beginnings if b in table), None)
 
 
 # --- datasets ---------------------------------------------------------------------------------------------
@@ -181,14 +211,14 @@ def load_raw(name: str, data_path: str | None = None, data_url: str | None = Non
     if data_path:
         if name not in (*FILES, *DEMOS, *TOYS, *gym.registry) and not MINARI_ID.fullmatch(name):
             raise unknown_name(name)
-        return read_hdf5(Path(data_path).expanduser(), horizon(name))
+        return cut_jumps(name, read_hdf5(Path(data_path).expanduser(), horizon(name)))
     if name in DEMOS:
         path = Path(__file__).parent / "data" / f"{name}.hdf5"
         if not path.exists():
             raise UserError(f"{path} is missing: copy the repository's data/ beside common.py, or give --data-path")
         return read_hdf5(path)
     if name in FILES:
-        return read_hdf5(fetch(name, data_url), horizon(name))
+        return cut_jumps(name, read_hdf5(fetch(name, data_url), horizon(name)))
     if MINARI_ID.fullmatch(name):
         return read_minari(name)
     raise unknown_name(name)
@@ -203,9 +233,9 @@ def unknown_name(name: str) -> UserError:
 
 def horizon(name: str) -> int:
     """Steps after which an episode is cut, for files that store no time-outs."""
-    if name.startswith("kitchen"):
-        return 280
-    spec = gym.registry.get(_by_task(ENV_IDS, name) or name)
+    if name in FILES or name in DEMOS:
+        return _by_task(SIZES, name)[2]
+    spec = gym.registry.get(name)
     return spec.max_episode_steps if spec and spec.max_episode_steps else 1000
 
 
@@ -223,6 +253,9 @@ def read_hdf5(path: Path, horizon: int = 1000) -> Raw:
             r, terminal = (file[k][()].astype(np.float32) for k in ("rewards", "terminals"))
             r, terminal = (x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x for x in (r, terminal))
             timeout = file["timeouts"][()].astype(bool).reshape(-1) if "timeouts" in file else None
+            s_next = None  # D4RL ignores it; here it tells the ends of episodes where no time-outs are stored
+            if timeout is None and "next_observations" in file:
+                s_next = file["next_observations"][()].astype(np.float32)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         why = f"cannot read {path} ({str(error).splitlines()[0]})"
         raise UserError(f"{why}: truncated, not HDF5 or not numbers (a download? delete it); {want}") from error
@@ -233,17 +266,44 @@ def read_hdf5(path: Path, horizon: int = 1000) -> Raw:
         raise UserError(f"{path}: timeouts has {len(timeout)} rows, the other arrays {len(s)}; {want}")
     if len(s) < 2 or not s.shape[1] or not a.shape[1]:
         raise UserError(f"{path}: nothing to train on: {shapes}; expected at least two rows and one column")
-    for key, x in (("observations", s), ("actions", a), ("rewards", r), ("terminals", terminal)):
-        if not np.isfinite(x).all():
-            rows = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
-            why = f"{path}: {key} has NaN or infinity in {rows} of {len(x)} rows"
-            raise UserError(f"{why}; expected finite numbers: remove these rows")
-    if timeout is None:
+    if s_next is not None and s_next.shape != s.shape:
+        raise UserError(f"{path}: next_observations is {s_next.shape}, observations {s.shape}; expected the same shape")
+    check_finite(path, observations=s, actions=a, rewards=r, terminals=terminal)
+    if s_next is not None:
+        check_finite(path, next_observations=s_next)
+        timeout = timeouts_by_distance(s, s_next, terminal > 0)
+    elif timeout is None:
         timeout = timeouts_by_horizon(terminal > 0, horizon)
     outside = (np.abs(a) > 1 + 1e-5).any(1).mean()
     if outside > 0:
         print(f"note: {100 * outside:.3g} % of the actions in {path.name} leave [-1, 1]; they are clipped")
     return Raw(s, np.clip(a, -1, 1), r, terminal > 0, timeout)
+
+
+def check_finite(source, **arrays: np.ndarray) -> None:
+    for key, x in arrays.items():
+        if not np.isfinite(x).all():
+            rows = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
+            why = f"{source}: {key} has NaN or infinity in {rows} of {len(x)} rows"
+            raise UserError(f"{why}; expected finite numbers: remove these rows")
+
+
+def cut_jumps(name: str, raw: Raw) -> Raw:
+    """[D6] antmaze: a row whose successor is more than 5 away in x, y is made a time-out, the threshold of d4rl's
+    check_antmaze_datasets.py: in the v0 files some flags are misplaced, and such a successor starts another episode."""
+    if name.startswith("antmaze"):
+        jump = np.append(np.linalg.norm(np.diff(raw.s[:, :2], axis=0), axis=1) > 5, False)
+        jump &= ~raw.terminal & ~raw.timeout
+        if jump.any():
+            print(f"note: {jump.sum()} rows of {name} have a successor elsewhere in the maze; taken as time-outs")
+        raw.timeout |= jump
+    return raw
+
+
+def timeouts_by_distance(s: np.ndarray, s_next: np.ndarray, terminal: np.ndarray) -> np.ndarray:
+    """(N,) bool: rows whose stored successor is not the next row, the rule of IQL (Kostrikov et al., 2022)."""
+    apart = np.linalg.norm(s[1:] - s_next[:-1], axis=1) > 1e-6
+    return np.append(apart, True) & ~terminal
 
 
 def timeouts_by_horizon(terminal: np.ndarray, horizon: int) -> np.ndarray:
@@ -344,35 +404,43 @@ def read_minari(name: str) -> Raw:
     if not isinstance(space, gym.spaces.Box) or not np.isfinite([space.low, space.high]).all():
         raise UserError(f"Minari dataset {name!r} has actions in {space}; expected bounded continuous ones")
     a = np.concatenate([e.actions for e in episodes])
+    check_finite(f"Minari dataset {name!r}", actions=a)
     a = np.clip(2 * (a - space.low) / (space.high - space.low) - 1, -1, 1)
     r = np.concatenate([e.rewards for e in episodes])
     terminal = np.concatenate([e.terminations for e in episodes]).astype(bool)
     timeout = np.zeros(len(r), bool)
     timeout[np.cumsum([len(e.rewards) for e in episodes]) - 1] = True  # the last row of every episode, flagged or not
     s, s_next = np.concatenate([x[:-1] for x in s]), np.concatenate([x[1:] for x in s])
+    check_finite(f"Minari dataset {name!r}", observations=np.stack([s, s_next], 1), rewards=r)
     return Raw(s, a.astype(np.float32), r.astype(np.float32), terminal, timeout & ~terminal, s_next)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
-def make_env(name: str, eval_env: str | None = None) -> gym.Env:
-    """The task that `name` is evaluated in: flat observations, actions in [-1, 1].  eval_env: another gymnasium id."""
+def make_env(name: str, eval_env: str | None = None, render_mode: str | None = None) -> gym.Env:
+    """The task that `name` is evaluated in: flat observations, actions in [-1, 1].  eval_env: another gymnasium id.
+    render_mode: of gymnasium, e.g. rgb_array."""
     task = eval_env or _by_task(ENV_IDS, name)
+    if task is None and name in FILES:
+        task = f"d4rl_envs:{name}"  # antmaze, maze2d, kitchen, adroit: importing the module registers them
+    if task is None and name in TOYS:
+        raise UserError(f"{name!r} has no gymnasium task: TOYS[{name!r}].reward judges an action")
+    if task is None and name not in gym.registry and not MINARI_ID.fullmatch(name):
+        raise unknown_name(name)
+    options = {"render_mode": render_mode} if render_mode else {}
+    if task == "Ant-v4" and name in FILES:
+        options["use_contact_forces"] = True  # D4RL's ant observes its contact forces too: 111 numbers, not 27
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*out of date.*")  # -v4 is deliberate
+        warnings.filterwarnings("ignore", ".*out of date.*")  # -v4 and -v0 are deliberate
         try:
-            if task is None and name in FILES:
-                import d4rl_envs  # antmaze, maze2d, kitchen, adroit
-
-                env = d4rl_envs.make(name)
-            elif task is None and MINARI_ID.fullmatch(name):
-                env = minari_dataset(name).recover_environment(eval_env=True)
+            if task is None and MINARI_ID.fullmatch(name):
+                if name.startswith("D4RL/"):
+                    import gymnasium_robotics  # noqa: F401  registers the tasks of these datasets
+                env = minari_dataset(name).recover_environment(eval_env=True, **options)
             else:
-                # D4RL's ant observes its contact forces too: 111 numbers, not 27
-                ant = task == "Ant-v4" and name in FILES
-                env = gym.make(task or name, **({"use_contact_forces": True} if ant else {}))
+                env = gym.make(task or name, **options)
         except (gym.error.Error, ImportError, ValueError) as error:  # ValueError: Minari data without a task
             hint = "check --env and --eval-env, and that requirements.txt is installed"
-            if "d4rl_envs" in str(error):
+            if "No module named 'd4rl_envs'" in str(error):
                 hint = "d4rl_envs.py must stand beside common.py"
             why = f"cannot make the evaluation task of {name!r} ({str(error).splitlines()[0]})"
             raise UserError(f"{why}; {hint}") from error
@@ -595,3 +663,112 @@ def edm_sigmas(N: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: f
     i = torch.arange(N, dtype=torch.float64) / (N - 1)
     sigma = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigma, sigma.new_zeros(1)])
+
+
+# --- python common.py -------------------------------------------------------------------------------------
+def listing() -> str:
+    """Every name with rows, megabytes of the download, sizes, horizon, task, and the papers that use it."""
+    lines = [f"{'name':<29}{'rows':>9}{'MB':>6}{'S':>5}{'A':>4}{'steps':>7}  {'task':<15} used by"]
+    for name in (*DEMOS, *FILES, *TOYS):
+        toy = TOYS.get(name)
+        rows = toy.rows * (250 if toy.noise else 1) if toy else _by_task(ROWS, name)
+        S, A, steps = (1, 2, 1) if toy else _by_task(SIZES, name)
+        task = "its reward" if toy else _by_task(ENV_IDS, name) or "d4rl_envs.py"
+        size = f"{CHECKSUMS[name][0] / 1e6:.0f}" if name in CHECKSUMS else "-" if name in FILES else ""
+        users = ", ".join(paper for paper, names in PAPERS.items() if re.fullmatch(names, name))
+        rows = f"{rows:,}" if rows else "?"
+        lines.append(f"{name:<29}{rows:>9}{size:>6}{S:>5}{A:>4}{steps:>7}  {task:<15} {users}".rstrip())
+    return "\n".join(lines)
+
+
+def inspect(source: str, env: str | None = None) -> str:
+    """What to know of a dataset before training on it.  source: a name or a file; env: the task of a file."""
+    is_file = source.endswith((".hdf5", ".h5")) or Path(source).expanduser().is_file()
+    if env and not is_file:
+        raise UserError(f"--env {env} names the task of a file, and {source!r} is not one; leave it out")
+    name = env or None if is_file else source
+    is_toy = name in TOYS and not is_file
+    if is_toy:
+        toy = toy_dataset(name)
+        raw = Raw(toy.s.numpy(), toy.a.numpy(), toy.r.numpy(), toy.end.numpy(), np.zeros(len(toy), bool))
+    elif is_file:
+        raw = load_raw(name, source) if name else read_hdf5(Path(source).expanduser())
+    else:
+        raw = load_raw(name)
+    n, S, A = len(raw.r), raw.s.shape[1], raw.a.shape[1]
+    data = toy if is_toy else transitions(raw)
+
+    ends = np.append(np.flatnonzero((raw.terminal | raw.timeout)[:-1]), n - 1)  # last row of every episode
+    lengths, returns = np.diff(ends, prepend=-1), np.diff(raw.r.cumsum(dtype=float)[ends], prepend=0)
+    terminal, timeout = raw.terminal[ends], raw.timeout[ends] & ~raw.terminal[ends]
+    unfinished = "" if terminal[-1] or timeout[-1] else f", the last one ({lengths[-1]} rows) is cut off"
+    runs = int((raw.terminal[1:] & raw.terminal[:-1]).sum()) if not is_toy else 0
+    scores = normalized_score(name, returns) if name else None
+    rows = np.ascontiguousarray(np.hstack([raw.s, raw.a]))
+    doubles = n - len(np.unique(rows.view(f"V{rows.shape[1] * rows.itemsize}")))
+    constant = np.flatnonzero(np.ptp(raw.s, axis=0) == 0).tolist()
+    constant = f"{len(constant)}, from {constant[0]} to {constant[-1]}" if len(constant) > 10 else constant or "none"
+    bound = (np.abs(raw.a) > 1 - 1e-5).mean()
+
+    def spread(x: np.ndarray) -> str:
+        q = "  ".join(f"{v:.4g}" for v in np.quantile(x, [0, 0.1, 0.5, 0.9, 1]))
+        return f"{x.mean():.4g} +- {x.std():.3g};  min, 10 %, median, 90 %, max: {q}"
+
+    lines = [
+        ("rows", f"{n:,} with observations ({S}) and actions ({A}); every number is finite"),
+        ("transitions", f"{len(data):,} to train on, {data.terminal.sum():,.0f} of them terminal"),
+        ("episodes", f"{len(ends):,}: {terminal.sum():,} end terminal, {timeout.sum():,} at a time-out{unfinished}"),
+        ("length", spread(lengths)),
+        ("return", spread(returns)),
+        ("score", "no reference scores" if scores is None else spread(scores)),
+        ("reward", f"{spread(raw.r)}; 0 in {100 * (raw.r == 0).mean():.3g} % of the rows"),
+        ("observation", f"{raw.s.min():.4g} to {raw.s.max():.4g}; constant columns: {constant}"),
+        ("action", f"{raw.a.min():.4g} to {raw.a.max():.4g}; {100 * bound:.3g} % of the numbers at a bound"),
+        ("duplicates", f"{doubles:,} rows repeat the observation and action of an earlier one"),
+    ]
+    if name is None:
+        fit = ", ".join(task for task, sizes in SIZES.items() if sizes[:2] == (S, A)) or "none of D4RL's"
+        lines.append(("task", f"not known from a file; sizes as in: {fit}. --env NAME names it"))
+    elif name not in TOYS:
+        try:
+            task = make_env(name)
+            sizes = *task.observation_space.shape, *task.action_space.shape
+            fits = "sizes fit" if sizes == (S, A) else f"does NOT fit: its sizes are {sizes}, the data's {S, A}"
+            steps = task.spec.max_episode_steps if task.spec else None
+            lines.append(("task", f"{task.spec.id if task.spec else name}, {steps or 'any number of'} steps: {fits}"))
+            task.close()
+            if steps and lengths.max() > steps:
+                lines.append(("note", f"{(lengths > steps).sum():,} episodes are longer than the task's {steps} steps"))
+        except UserError as error:
+            lines.append(("task", str(error)))
+    if runs:
+        lines.append(("note", f"{runs:,} terminal rows follow a terminal row; each counts as an episode of one row"))
+    if not raw.r.any():
+        lines.append(("note", "all rewards are 0: there is nothing to learn from"))
+    return "\n".join([source, *(f"  {label:<12} {text}" for label, text in lines)])
+
+
+def main(
+    dataset: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FILE]")] = None,
+    env: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+) -> None:
+    """Without arguments: every dataset name. With a name or a D4RL-format HDF5 file: a look at that dataset.
+
+    Args:
+        dataset: a name of the listing, a Minari id, or a file
+        env: the task that a file belongs to
+    """
+    if dataset is None and env:
+        raise UserError(f"--env {env} names the task of a file: python common.py FILE --env {env}")
+    print(inspect(dataset, env) if dataset is not None else listing())
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        print(f"common.py: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except (OSError, RuntimeError) as error:  # a path that no system can have
+        print(f"common.py: {str(error)[:200]}; expected a name or a file", file=sys.stderr)
+        sys.exit(2)

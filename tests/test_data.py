@@ -7,6 +7,10 @@ import errno
 import hashlib
 import math
 import os
+import re
+import runpy
+import subprocess
+import sys
 import threading
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,11 +23,89 @@ import pytest
 import torch
 
 import common
-from common import FILES, TOYS, Raw, UserError, load_dataset, make_env, normalized_score, transitions
+from common import DEMOS, FILES, TOYS, Raw, UserError, load_dataset, make_env, normalized_score, transitions
 
 REPOSITORY = Path(common.__file__).parent
-# numbers in an observation and in an action
-LOCOMOTION = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6), "ant": (111, 8)}
+PATHS = """
+gym_mujoco_v2/
+    halfcheetah-random-v2 halfcheetah_random-v2                 halfcheetah-medium-v2 halfcheetah_medium-v2
+    halfcheetah-medium-replay-v2 halfcheetah_medium_replay-v2   halfcheetah-full-replay-v2 halfcheetah_full_replay-v2
+    halfcheetah-medium-expert-v2 halfcheetah_medium_expert-v2   halfcheetah-expert-v2 halfcheetah_expert-v2
+    hopper-random-v2 hopper_random-v2                           hopper-medium-v2 hopper_medium-v2
+    hopper-medium-replay-v2 hopper_medium_replay-v2             hopper-full-replay-v2 hopper_full_replay-v2
+    hopper-medium-expert-v2 hopper_medium_expert-v2             hopper-expert-v2 hopper_expert-v2
+    walker2d-random-v2 walker2d_random-v2                       walker2d-medium-v2 walker2d_medium-v2
+    walker2d-medium-replay-v2 walker2d_medium_replay-v2         walker2d-full-replay-v2 walker2d_full_replay-v2
+    walker2d-medium-expert-v2 walker2d_medium_expert-v2         walker2d-expert-v2 walker2d_expert-v2
+    ant-random-v2 ant_random-v2                                 ant-medium-v2 ant_medium-v2
+    ant-medium-replay-v2 ant_medium_replay-v2                   ant-full-replay-v2 ant_full_replay-v2
+    ant-medium-expert-v2 ant_medium_expert-v2                   ant-expert-v2 ant_expert-v2
+ant_maze_new/
+    antmaze-umaze-v0 Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse
+    antmaze-umaze-diverse-v0 Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse
+    antmaze-medium-play-v0 Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse
+    antmaze-medium-diverse-v0 Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse
+    antmaze-large-play-v0 Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse
+    antmaze-large-diverse-v0 Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse
+ant_maze_v2/
+    antmaze-umaze-v2 Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed
+    antmaze-umaze-diverse-v2 Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse_fixed
+    antmaze-medium-play-v2 Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed
+    antmaze-medium-diverse-v2 Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse_fixed
+    antmaze-large-play-v2 Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed
+    antmaze-large-diverse-v2 Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed
+maze2d/
+    maze2d-umaze-v1 maze2d-umaze-sparse-v1     maze2d-umaze-dense-v1 maze2d-umaze-dense-v1
+    maze2d-medium-v1 maze2d-medium-sparse-v1   maze2d-medium-dense-v1 maze2d-medium-dense-v1
+    maze2d-large-v1 maze2d-large-sparse-v1     maze2d-large-dense-v1 maze2d-large-dense-v1
+kitchen/
+    kitchen-complete-v0 mini_kitchen_microwave_kettle_light_slider-v0
+    kitchen-partial-v0 kitchen_microwave_kettle_light_slider-v0
+    kitchen-mixed-v0 kitchen_microwave_kettle_bottomburner_light-v0
+hand_dapg/
+    pen-human-v0 pen-v0_demos_clipped                  pen-cloned-v0 pen-demos-v0-bc-combined
+    pen-expert-v0 pen-v0_expert_clipped                hammer-human-v0 hammer-v0_demos_clipped
+    hammer-cloned-v0 hammer-demos-v0-bc-combined       hammer-expert-v0 hammer-v0_expert_clipped
+    door-human-v0 door-v0_demos_clipped                door-cloned-v0 door-demos-v0-bc-combined
+    door-expert-v0 door-v0_expert_clipped              relocate-human-v0 relocate-v0_demos_clipped
+    relocate-cloned-v0 relocate-demos-v0-bc-combined   relocate-expert-v0 relocate-v0_expert_clipped
+hand_dapg_v1/
+    pen-human-v1 pen-human-v1               pen-cloned-v1 pen-cloned-v1
+    pen-expert-v1 pen-expert-v1             hammer-human-v1 hammer-human-v1
+    hammer-cloned-v1 hammer-cloned-v1       hammer-expert-v1 hammer-expert-v1
+    door-human-v1 door-human-v1             door-cloned-v1 door-cloned-v1
+    door-expert-v1 door-expert-v1           relocate-human-v1 relocate-human-v1
+    relocate-cloned-v1 relocate-cloned-v1   relocate-expert-v1 relocate-expert-v1
+""".split()  # folder/, then name and file without .hdf5 (d4rl/infos.py)
+_folders = np.cumsum([word.endswith("/") for word in PATHS]) - 1
+_files = [(w, [f for f in PATHS if f.endswith("/")][k]) for w, k in zip(PATHS, _folders) if not w.endswith("/")]
+PATHS = {name: f"{folder}{file}.hdf5" for (name, folder), (file, _) in zip(_files[::2], _files[1::2])}
+FAMILIES = {  # names: numbers in an observation, in an action, steps of an episode, returns at score 0 and 100
+    "halfcheetah-.*": (17, 6, 1000, -280.178953, 12135.0),
+    "hopper-.*": (11, 3, 1000, -20.272305, 3234.3),
+    "walker2d-.*": (17, 6, 1000, 1.629008, 4592.3),
+    "ant-.*": (111, 8, 1000, -325.6, 3879.7),
+    "antmaze-umaze(-diverse)?-v[02]": (29, 8, 700, 0.0, 1.0),
+    "antmaze-(medium|large)-(play|diverse)-v[02]": (29, 8, 1000, 0.0, 1.0),
+    "maze2d-umaze-v1": (4, 2, 300, 23.85, 161.86),
+    "maze2d-medium-v1": (4, 2, 600, 13.13, 277.39),
+    "maze2d-large-v1": (4, 2, 800, 6.7, 273.99),
+    "maze2d-umaze-dense-v1": (4, 2, 300, 68.537689, 193.66285642381482),
+    "maze2d-medium-dense-v1": (4, 2, 600, 44.264742, 297.4552547777125),
+    "maze2d-large-dense-v1": (4, 2, 800, 30.569041, 303.4857382709002),
+    "kitchen-(complete|partial|mixed)-v0": (60, 9, 280, 0.0, 4.0),
+    "pen-.*": (45, 24, 100, 96.262799, 3076.8331017826877),
+    "hammer-.*": (46, 26, 200, -274.856578, 12794.134825156867),
+    "door-.*": (39, 28, 200, -56.512833, 2880.5693087298737),
+    "relocate-.*": (39, 30, 200, -6.425911, 4233.877797728884),
+    "pendulum-demo": (3, 1, 200, -1224.1, -152.9),
+}
+
+
+def facts(name: str) -> tuple[int, int, int, float, float]:
+    """The one row of FAMILIES that a name belongs to."""
+    (row,) = (row for names, row in FAMILIES.items() if re.fullmatch(names, name))
+    return row
 
 
 def arrays(n: int = 20, seed: int = 0) -> dict[str, np.ndarray]:
@@ -91,8 +173,11 @@ def random_file(seed: int, n: int = 300) -> dict[str, np.ndarray]:
     return data
 
 
-@pytest.mark.parametrize("layout", ["float32", "float64", "columns", "next_observations"])
-@pytest.mark.parametrize("flags", ["timeouts", "horizon 7", "horizon 2", "horizon 1000"])
+FLAGS = ["timeouts", "horizon 7", "horizon 2", "horizon 1000"]
+LAYOUTS = [(layout, flags) for layout in ("float32", "float64", "columns") for flags in FLAGS]
+
+
+@pytest.mark.parametrize("layout, flags", [*LAYOUTS, ("next_observations", "timeouts")])
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_are_those_of_d4rl_qlearning_dataset(tmp_path, layout, flags, seed):
     data, horizon = random_file(seed), 1000
@@ -104,7 +189,7 @@ def test_rows_are_those_of_d4rl_qlearning_dataset(tmp_path, layout, flags, seed)
     if layout == "columns":
         data |= {k: x[:, None] for k, x in data.items() if x.ndim == 1}
         data["terminals"] = data["terminals"].astype(np.float32)  # as in kitchen
-    if layout == "next_observations":  # D4RL reads s[i + 1] all the same
+    if layout == "next_observations":  # beside time-outs: D4RL reads s[i + 1] all the same
         data["next_observations"] = np.full((300, 3), 7.0, np.float32)
     want = d4rl_loop(data, horizon)
     got = transitions(common.read_hdf5(write(tmp_path / "x.hdf5", data), horizon))
@@ -122,18 +207,61 @@ def test_after_a_terminal_row_the_count_to_the_horizon_starts_at_one():
     assert np.flatnonzero(common.timeouts_by_horizon(none, 4)).tolist() == [3, 7]
 
 
-HORIZONS = [("kitchen-partial-v0", 280), ("hopper-medium-v2", 1000), ("Pendulum-v1", 200)]
+HORIZONS = {"kitchen-partial-v0": 280, "antmaze-umaze-diverse-v2": 700, "maze2d-large-dense-v1": 800,
+            "pen-human-v0": 100, "hopper-medium-v2": 1000, "Pendulum-v1": 200, "a/b-v0": 1000}  # fmt: skip
 
 
-@pytest.mark.parametrize("name, steps", HORIZONS)
+@pytest.mark.parametrize("name, steps", HORIZONS.items())
 def test_files_without_timeouts_are_cut_at_the_horizon_of_their_task(tmp_path, name, steps):
     data = arrays(2 * steps + 3) | {"terminals": np.zeros(2 * steps + 3, bool)}
+    data["observations"] /= 10  # no two rows so far apart that antmaze would be cut there
     del data["timeouts"]
     got = load_dataset(name, str(write(tmp_path / "x.hdf5", data)))
     want = d4rl_loop(data, steps)
     assert len(got) == 2 * steps  # of N - 1 rows two stand at the limit
     np.testing.assert_array_equal(got.s, want["s"])
     assert np.flatnonzero(got.end).tolist() == [steps - 2, 2 * steps - 3, 2 * steps - 1]
+
+
+def successors(**changes) -> dict[str, np.ndarray]:
+    """12 rows without time-outs, with successors, all at (0, 0), where float32 is fine enough, but for four: row 3 is
+    terminal, the successor of 6 is 1.1e-6 off (0.8e-6 on either axis), of 8 by 0.9e-6, of 9 by far."""
+    i, s, s_next = np.arange(12), np.zeros((12, 2), np.float32), np.zeros((12, 2), np.float32)
+    s_next[3], s_next[6], s_next[8], s_next[9] = 5, 0.8e-6, (0.9e-6, 0), (0, -70)
+    data = {"observations": s, "actions": i[:, None] / 20, "rewards": i + 1.0, "terminals": i == 3}
+    return data | {"next_observations": s_next} | changes
+
+
+@pytest.mark.parametrize("name", ["hopper-medium-v2", "pen-human-v0"])
+@pytest.mark.parametrize("last", [False, True])
+def test_without_time_outs_successors_tell_the_ends_of_episodes(tmp_path, name, last):
+    """IQL's rule: more than 1e-6 apart in Euclid's norm. Terminal rows are no time-outs, the last row ends anyway."""
+    i = np.arange(12)
+    path = write(tmp_path / "x.hdf5", successors(terminals=(i == 3) | (last & (i == 11))))
+    raw, data = common.load_raw(name, str(path)), load_dataset(name, str(path))
+    assert np.flatnonzero(raw.timeout).tolist() == [6, 9] + [11] * (not last) and raw.s_next is None
+    assert data.r.tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 11]  # without rows 6, 9 and 11
+    assert data.returns().tolist() == [1 + 2 + 3 + 4, 5 + 6, 8 + 9, 11] and data.terminal.sum() == 1
+    assert not data.s_next.any()  # the next row's state, not the stored one
+
+
+def test_the_count_to_the_horizon_is_off_where_successors_are_stored(tmp_path):
+    """250 rows in one go: at a horizon of 100 two would be dropped."""
+    g = np.random.default_rng(0).standard_normal((251, 3)).astype(np.float32)
+    data = arrays(250) | {"observations": g[:-1], "next_observations": g[1:], "terminals": np.zeros(250, bool)}
+    del data["timeouts"]
+    assert len(load_dataset("pen-human-v0", str(write(tmp_path / "x.hdf5", data)))) == 249
+
+
+BAD_SUCCESSORS = {"(11, 2)": np.zeros((11, 2)), "(12, 3)": np.zeros((12, 3)), "(12,)": np.zeros(12), "()": 0.0,
+                  "NaN": np.full((12, 2), np.nan), "not numbers": np.full((12, 2), b"left")}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", BAD_SUCCESSORS)
+def test_successors_that_do_not_fit(tmp_path, word):
+    path = write(tmp_path / "x.hdf5", successors(next_observations=BAD_SUCCESSORS[word]))
+    key = [] if word == "not numbers" else ["next_observations"]
+    refused(lambda: load_dataset("hopper-medium-v2", str(path)), path, word, "expected", *key)
 
 
 # --- episodes ---------------------------------------------------------------------------------------------
@@ -166,6 +294,25 @@ def test_true_successors_keep_every_row():
     assert len(data) == 9 and data.s_next[:, 0].tolist() == list(range(10, 19))
     assert data.end.tolist() == [i in (2, 5, 8) for i in range(9)]
     assert data.returns().tolist() == [6, 4 + 5 + 6, 7 + 8 + 9]
+
+
+XYZ = [(0, 0, 0), (0, 5, 0), (0, 10.25, 0), (3.75, 14.25, 0), (3.75, 14.25, 99), (9, 20, 0), (0, 0, 0), (4, 2.9, 0)]
+
+
+@pytest.mark.parametrize("name", ["antmaze-umaze-v0", "antmaze-large-play-v2", "ant-medium-v2", "maze2d-large-v1"])
+def test_antmaze_rows_whose_successor_is_elsewhere_become_time_outs(capsys, name):
+    """Steps in x, y: 5, 5.25, (3.75, 4) = 5.48, 0 (only z moves), then 7.8 from a terminal row, 21.9 from a row at a
+    time-out, 4.94; the last row has no successor."""
+    i = np.arange(8)
+    s, one = np.array(XYZ, np.float32), np.zeros((8, 1), np.float32)
+    raw = common.cut_jumps(name, Raw(s, one, one[:, 0], i == 4, i == 5))
+    ant = name.startswith("antmaze")
+    assert np.flatnonzero(raw.timeout).tolist() == ([1, 2, 5] if ant else [5])
+    assert np.flatnonzero(raw.terminal).tolist() == [4]
+    out = capsys.readouterr().out
+    assert out.count("\n") == ant and (not ant or f"2 rows of {name} have a successor elsewhere" in out)
+    common.cut_jumps(name, raw)  # nothing is left to cut, nothing to say
+    assert np.flatnonzero(raw.timeout).tolist() == ([1, 2, 5] if ant else [5]) and capsys.readouterr().out == ""
 
 
 def test_ten_thousand_long_episodes_do_not_lose_digits():
@@ -215,28 +362,12 @@ def test_pendulum_demo_is_what_its_readme_says():
 
 
 # --- reference scores -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("names, low, high", [
-    ("hopper-medium-v2 hopper-full-replay-v2 hopper-demo", -20.272305, 3234.3),
-    ("halfcheetah-expert-v2", -280.178953, 12135.0),
-    ("walker2d-medium-expert-v2", 1.629008, 4592.3),
-    ("ant-random-v2", -325.6, 3879.7),
-    ("antmaze-umaze-v0 antmaze-large-play-v0 antmaze-medium-diverse-v2", 0.0, 1.0),
-    ("kitchen-complete-v0 kitchen-partial-v0 kitchen-mixed-v0", 0.0, 4.0),
-    ("maze2d-umaze-v1", 23.85, 161.86),
-    ("maze2d-medium-v1", 13.13, 277.39),
-    ("maze2d-large-v1", 6.7, 273.99),
-    ("maze2d-umaze-dense-v1", 68.537689, 193.66285642381482),
-    ("maze2d-medium-dense-v1", 44.264742, 297.4552547777125),
-    ("maze2d-large-dense-v1", 30.569041, 303.4857382709002),
-    ("pen-human-v1 pen-cloned-v0", 96.262799, 3076.8331017826877),
-    ("hammer-expert-v1", -274.856578, 12794.134825156867),
-    ("door-human-v1", -56.512833, 2880.5693087298737),
-    ("relocate-cloned-v1", -6.425911, 4233.877797728884),
-])  # fmt: skip
-def test_reference_scores(names, low, high):
-    for name in names.split():
-        assert common.reference(name) == (low, high)
-        assert normalized_score(name, np.array([low, high, (low + high) / 2])) == pytest.approx([0, 100, 50])
+@pytest.mark.parametrize("name", [*FILES, *DEMOS])
+def test_sizes_horizons_and_reference_scores(name):
+    S, A, steps, low, high = facts(name)
+    assert common._by_task(common.SIZES, name) == (S, A, steps) and common.horizon(name) == steps
+    assert common.reference(name) == (low, high)
+    assert normalized_score(name, np.array([low, high, (low + high) / 2])) == pytest.approx([0, 100, 50])
 
 
 def test_normalized_score_by_hand():
@@ -246,39 +377,12 @@ def test_normalized_score_by_hand():
     assert normalized_score("kitchen-mixed-v0", 3.0) == 75  # three of four tasks
 
 
-def test_every_file_has_reference_scores_and_other_tasks_have_none():
-    assert all(common.reference(name) is not None for name in FILES)
+def test_other_tasks_have_no_reference_scores():
     assert normalized_score("Hopper-v4", [1.0]) is None and normalized_score("maze2d-umaze-v0", [1.0]) is None
 
 
 # --- names, files, checksums ------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, path", [
-    ("hopper-medium-v2", "gym_mujoco_v2/hopper_medium-v2.hdf5"),
-    ("walker2d-medium-replay-v2", "gym_mujoco_v2/walker2d_medium_replay-v2.hdf5"),
-    ("halfcheetah-medium-expert-v2", "gym_mujoco_v2/halfcheetah_medium_expert-v2.hdf5"),
-    ("ant-full-replay-v2", "gym_mujoco_v2/ant_full_replay-v2.hdf5"),
-    ("antmaze-umaze-v0", "ant_maze_new/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse.hdf5"),
-    ("antmaze-umaze-diverse-v0",
-     "ant_maze_new/Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse.hdf5"),
-    ("antmaze-medium-play-v0",
-     "ant_maze_new/Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse.hdf5"),
-    ("antmaze-large-play-v0",
-     "ant_maze_new/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse.hdf5"),
-    ("antmaze-large-diverse-v2",
-     "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5"),
-    ("antmaze-medium-diverse-v2",
-     "ant_maze_v2/Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5"),
-    ("maze2d-umaze-v1", "maze2d/maze2d-umaze-sparse-v1.hdf5"),
-    ("maze2d-large-dense-v1", "maze2d/maze2d-large-dense-v1.hdf5"),
-    ("kitchen-complete-v0", "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5"),
-    ("kitchen-partial-v0", "kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5"),
-    ("kitchen-mixed-v0", "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5"),
-    ("pen-human-v0", "hand_dapg/pen-v0_demos_clipped.hdf5"),
-    ("hammer-cloned-v0", "hand_dapg/hammer-demos-v0-bc-combined.hdf5"),
-    ("door-expert-v0", "hand_dapg/door-v0_expert_clipped.hdf5"),
-    ("relocate-human-v1", "hand_dapg_v1/relocate-human-v1.hdf5"),
-    ("pen-cloned-v1", "hand_dapg_v1/pen-cloned-v1.hdf5"),
-])  # fmt: skip
+@pytest.mark.parametrize("name, path", PATHS.items())
 def test_urls_and_cache_names(monkeypatch, tmp_path, name, path):
     """The URL of the file, and the name under which D4RL itself would cache it: the last part of the URL."""
     asked = []
@@ -296,7 +400,7 @@ def test_urls_and_cache_names(monkeypatch, tmp_path, name, path):
 
 
 def test_every_name_has_its_own_cache_file():
-    assert len(FILES) == 4 * 6 + 2 * 6 + 2 * 3 + 3 + 4 * 3 * 2  # locomotion, antmaze, maze2d, kitchen, adroit
+    assert len(PATHS) == 4 * 6 + 2 * 6 + 2 * 3 + 3 + 4 * 3 * 2 and set(PATHS) == set(FILES)
     assert len({path.rsplit("/", 1)[1] for path in FILES.values()}) == len(FILES)
 
 
@@ -699,6 +803,68 @@ def test_an_interrupted_download_leaves_nothing(server, cache, content, monkeypa
     assert left(cache) == []
 
 
+# --- every name, from the server to the rows --------------------------------------------------------------
+TRUE_ENDS, V0_FLAGS = (149, 299, 449, 549), (151, 299, 452, 548)  # antmaze: where the ant starts anew, v0's time-outs
+
+
+def layout(name: str) -> dict[str, np.ndarray]:
+    """Keys, shapes and types of D4RL's file of this name with 700 random rows, the last of them inside an episode."""
+    (S, A, *_), i, task = facts(name), np.arange(700), name.split("-")[0]
+    g, wide = np.random.default_rng(len(name)), "-replay-" in name or name == "pen-cloned-v0"
+    real = np.float64 if wide else np.float32
+    s, a, r = (x.astype(real) for x in (g.standard_normal((700, S)), g.uniform(-1, 1, (700, A)), g.random(700)))
+    ends = {"observations": s, "actions": a, "rewards": r, "terminals": i == 99, "timeouts": np.isin(i, (249, 449))}
+    q = S // 2 + S % 2
+    body = {"infos/qpos": s[:, :q], "infos/qvel": s[:, q:]}
+    if "gym_mujoco" in PATHS[name]:
+        s_next = np.roll(s, -1, 0)
+        s_next[[99, 249, 449, 699]] = 7  # the true successors where episodes end
+        about = {} if re.search("random|medium-expert", name) else {"algorithm": "SAC", "iteration": 3}
+        if re.search("-(medium|expert)-v2", name.replace("medium-expert", "")):
+            about |= {f"policy/fc0/{k}": np.ones((4, 4)) for k in ("weight", "bias")}
+        about = {f"metadata/{k}": x for k, x in about.items()}
+        return ends | body | about | {"next_observations": s_next, "infos/action_log_probs": r}
+    if task == "antmaze":
+        starts = np.repeat([0, *np.add(TRUE_ENDS, 1)], np.diff([0, *np.add(TRUE_ENDS, 1), 700]))
+        s[:, :2] = np.outer(i - starts, (0.06, 0.03))  # from (0, 0) to at least (5.9, 3), and back at once
+        goal = np.isin(i, [*range(290, 299), *range(440, 450)])  # the ant stays: runs of terminal rows
+        flags = np.isin(i, V0_FLAGS if name.endswith("v0") else TRUE_ENDS)
+        labels = {"rewards": goal.astype(real), "terminals": goal, "timeouts": flags, "infos/goal": s[:, 3:5]}
+        return ends | body | labels | {"infos/qpos": s[:, :15], "infos/qvel": s[:, 15:]}
+    if task == "maze2d":  # the time-outs are targets reached
+        targets = np.isin(i, (37, 61, 310, 311))
+        return ends | body | {"terminals": np.zeros(700, bool), "timeouts": targets, "infos/goal": s[:, :2]}
+    if task == "kitchen":  # demonstrations of 200 and 450 rows; the second is longer than the task
+        last, demo = np.isin(i, (199, 649)), 1 + (i > 199) + (i > 649)
+        s[:, 30:] = 0.5  # the goal
+        kitchen = ends | {"rewards": (i % 5).astype(real), "terminals": last.astype(np.float32), "infos": demo}
+        return {k: x for k, x in kitchen.items() if k != "timeouts"}
+    extra = {"infos/target_pos": s[:, :3], "metadata/algorithm": "DAPG", "metadata/nested/policy": np.ones((2, 2))}
+    if "human" in name:  # ends by time-outs only; in columns
+        extra |= {"rewards": r[:, None], "terminals": np.zeros((700, 1), bool)}
+    return ends | body | extra
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_every_name_become_the_rows_of_d4rl(server, tmp_path, monkeypatch, capsys, name):
+    data, path = layout(name), PATHS[name]
+    body = write(tmp_path / "served.hdf5", data).read_bytes()
+    server.answer = lambda q: q.send(body) if q.path == f"/d4rl/{path}" else q.send(b"", 404)
+    monkeypatch.setattr(common, "CHECKSUMS", {})
+    got = load_dataset(name, data_url=f"{server.url}/d4rl/{path.split('/')[0]}")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    if name.startswith("antmaze") and name.endswith("v0"):  # rows 149 and 549; 449 is terminal, 299 is flagged
+        data["timeouts"] = data["timeouts"] | np.isin(np.arange(700), (149, 549))
+        assert len(notes) == 1 and "note: 2 rows" in notes[0] and name in notes[0]
+    else:
+        assert notes == []
+    want = d4rl_loop(data, facts(name)[2])
+    assert 650 < len(want["r"]) < 699 and (got.s.shape[1], got.a.shape[1]) == facts(name)[:2]
+    for key, x in want.items():
+        np.testing.assert_array_equal(getattr(got, key).numpy(), x, err_msg=key)
+    np.testing.assert_array_equal(got.end, iql_ends(want["s"], want["s_next"], want["terminal"]))
+
+
 # --- Minari -----------------------------------------------------------------------------------------------
 @pytest.fixture
 def store(monkeypatch, tmp_path):
@@ -752,6 +918,19 @@ def test_minari_rows(store):
     assert all(getattr(data, k).dtype == torch.float32 for k in ("s", "a", "r", "s_next", "terminal"))
     raw = common.load_raw("test/pendulum-v0")
     assert np.flatnonzero(raw.timeout).tolist() == [4, 7] and np.flatnonzero(raw.terminal).tolist() == [11]
+
+
+@pytest.mark.parametrize("key, row, value", [
+    ("observations", 1, np.nan), ("observations", 5, np.nan), ("actions", 2, np.nan), ("actions", 2, -np.inf),
+    ("rewards", 4, np.inf),
+])  # fmt: skip
+def test_minari_rows_must_be_finite(store, key, row, value):
+    """Observation 5 is the last: a successor only."""
+    bad = episode(5, "truncations")
+    bad[key][row] = value
+    put("test/bad-v0", [bad, *THREE], observation_space=free(3, dtype=np.float32),
+        action_space=gym.spaces.Box(-2, 2, (1,), np.float32))  # fmt: skip
+    refused(lambda: load_dataset("test/bad-v0"), "test/bad-v0", key, "NaN or infinity", "of 17 rows")
 
 
 def test_minari_scores_come_from_the_dataset(store):
@@ -867,7 +1046,7 @@ def test_minari_data_never_stand_in_for_d4rl(store, monkeypatch, tmp_path):
 
 
 # --- environments -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("task", LOCOMOTION)
+@pytest.mark.parametrize("task", ["halfcheetah", "hopper", "walker2d", "ant"])
 @pytest.mark.parametrize("quality", ["medium", "full-replay"])
 def test_locomotion_environments_have_the_sizes_of_the_data(task, quality):
     with warnings.catch_warnings(record=True) as said:
@@ -878,7 +1057,7 @@ def test_locomotion_environments_have_the_sizes_of_the_data(task, quality):
     assert env.spec.id == f"{kind}-v4" and env.spec.max_episode_steps == 1000
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     obs, _ = env.reset(seed=0)
-    assert (*obs.shape, *env.action_space.shape) == LOCOMOTION[task]
+    assert (*obs.shape, *env.action_space.shape) == facts(f"{task}-{quality}-v2")[:2]
     assert env.observation_space.shape == obs.shape
 
 
@@ -910,23 +1089,35 @@ def test_eval_env_overrides_the_task():
     assert make_env("Pendulum-v1").spec.id == "Pendulum-v1"
 
 
-NO_ENVS = {"hoper-medium-v2": "hoper", "Hopper-v99": "v99", "nonsense": "nonsense", "nowhere:A-v0": "nowhere"}
+NO_ENVS = {"hoper-medium-v2": "hopper-medium-v2", "Hopper-v99": "hopper-demo", "nonsense": "pendulum-demo",
+           "nowhere:A-v0": "nearest names", "antmaze-umaze-v1": "antmaze-umaze-v2", "pen-human-v2": "pen-human-v1",
+           "maze2d-open-v0": "maze2d-", "kitchen-complete-v1": "kitchen-complete-v0"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name, stem", NO_ENVS.items())
-def test_unknown_environments(name, stem):
-    refused(lambda: make_env(name), repr(name), stem, "--eval-env")
-    refused(lambda: make_env("hopper-medium-v2", name), stem, "--eval-env")
+@pytest.mark.parametrize("name, near", NO_ENVS.items())
+def test_unknown_environments(name, near):
+    refused(lambda: make_env(name), f"unknown --env {name!r}", near, "Minari")
+    refused(lambda: make_env("hopper-medium-v2", name), "'hopper-medium-v2'", "--eval-env")
 
 
 def test_discrete_actions_are_refused():
     refused(lambda: make_env("CartPole-v1"), "CartPole-v1", "Discrete", "continuous")
 
 
-@pytest.mark.skipif((REPOSITORY / "d4rl_envs.py").exists(), reason="d4rl_envs.py is there")
+@pytest.fixture
+def without_d4rl_envs(monkeypatch):
+    """common.py alone, as someone may have copied it: no folder of sys.path has d4rl_envs.py."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "d4rl_envs.py").exists()])
+    monkeypatch.delitem(sys.modules, "d4rl_envs", raising=False)
+
+
 @pytest.mark.parametrize("name", "antmaze-umaze-v0 maze2d-umaze-v1 kitchen-mixed-v0 pen-human-v1".split())
-def test_tasks_of_d4rl_envs_say_that_they_need_it(name):
+def test_tasks_of_d4rl_envs_say_that_they_need_it_and_their_data_do_not(without_d4rl_envs, tmp_path, name):
     refused(lambda: make_env(name), name, "d4rl_envs.py must stand beside common.py")
+    path = write(tmp_path / "x.hdf5", layout(name))
+    assert len(load_dataset(name, str(path))) > 650 and "d4rl_envs" not in sys.modules
+    assert "d4rl_envs.py must stand beside common.py" in common.inspect(str(path), name)
+    assert make_env("hopper-medium-v2").spec.id == "Hopper-v4"
 
 
 class Goal(gym.Env):
@@ -1163,3 +1354,262 @@ def test_tilted_samples_take_seed_and_number():
     assert a.shape == (500, 2) and torch.equal(a, draw(3.0, 1)) and not torch.equal(a, draw(3.0, 2))
     reward = TOYS["bandit-moons"].reward
     assert reward(a).mean() > reward(plain).mean() + 0.2
+
+
+# --- python common.py -------------------------------------------------------------------------------------
+MUJOCO = {f"{t}-medium{q}-v2" for t in ("halfcheetah", "hopper", "walker2d") for q in ("", "-replay", "-expert")}
+MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+USED = {  # what the papers' tables and figures have
+    "DAC": MUJOCO | {f"antmaze-{m}-v0" for m in MAZES} | {f"bandit-{t}" for t in ("two", "three", "moons", "circles")},
+    "Diffusion-DICE": MUJOCO | {f"antmaze-{m}-v2" for m in MAZES} | {"bandit-ring"},
+    "DyDiff": MUJOCO | {"maze2d-umaze-v1", "maze2d-medium-v1", "maze2d-large-v1"},
+    "SWG": MUJOCO | {f"antmaze-{m}-v0" for m in MAZES} | {f"kitchen-{k}-v0" for k in ("complete", "partial", "mixed")}
+    | {f"{t}-{k}-v0" for t in ("pen", "hammer", "door", "relocate") for k in ("human", "cloned")}
+    | {"toy-spiral", "toy-8gaussians"},
+}  # fmt: skip
+LISTED = """pendulum-demo 40,000 Pendulum-v1   hopper-demo 99,618 Hopper-v5   hopper-medium-v2 1,000,000 153 Hopper-v4
+    hopper-medium-replay-v2 402,000 76 Hopper-v4   walker2d-medium-replay-v2 302,000 86 Walker2d-v4
+    halfcheetah-medium-replay-v2 202,000 59 HalfCheetah-v4   hopper-medium-expert-v2 1,999,906 305 Hopper-v4
+    walker2d-medium-expert-v2 1,999,995 462 Walker2d-v4   halfcheetah-expert-v2 1,000,000 237 HalfCheetah-v4
+    halfcheetah-medium-expert-v2 2,000,000 475 HalfCheetah-v4   hopper-full-replay-v2 ? 188 Hopper-v4
+    ant-medium-v2 ? - Ant-v4   antmaze-umaze-diverse-v0 1,000,000 231 d4rl_envs.py
+    antmaze-medium-play-v2 1,000,000 - d4rl_envs.py   maze2d-umaze-v1 1,000,000 - d4rl_envs.py
+    maze2d-medium-dense-v1 2,000,000 - d4rl_envs.py   maze2d-large-v1 4,000,000 - d4rl_envs.py
+    kitchen-complete-v0 3,680 - d4rl_envs.py   kitchen-mixed-v0 136,950 - d4rl_envs.py
+    pen-human-v0 5,000 2 d4rl_envs.py   pen-cloned-v0 ? 307 d4rl_envs.py   hammer-human-v1 11,310 6 d4rl_envs.py
+    door-human-v0 6,729 3 d4rl_envs.py   relocate-human-v0 9,942 - d4rl_envs.py   relocate-expert-v1 ? - d4rl_envs.py
+    bandit-two 200,000 its reward   bandit-ring 1,500 its reward   toy-spiral 1,000,000 its reward"""
+
+
+def test_the_listing_has_one_true_row_per_name():
+    head, *lines = common.listing().splitlines()
+    assert head.split() == "name rows MB S A steps task used by".split() and max(map(len, lines)) <= 120
+    row = re.compile(r"(\S+) +([\d,]+|\?) +(\d+|-)? *\b(\d+) +(\d+) +(\d+)  (its reward|\S+)(?: +(\S.*))?")
+    rows = {m[1]: m.groups() for m in map(row.fullmatch, lines)}
+    assert list(rows) == [*DEMOS, *FILES, *TOYS] and len(lines) == 2 + 69 + 7
+    for name, (_, _, _, S, A, steps, _, users) in rows.items():
+        want = (1, 2, 1) if name in TOYS else facts(name)[:3]
+        assert (int(S), int(A), int(steps)) == want, name
+        assert (users or "") == ", ".join(paper for paper in USED if name in USED[paper]), name
+    for entry in re.split(r"\s{2,}", LISTED):
+        name, *want = entry.replace("its reward", "its_reward").split()
+        assert [x for x in rows[name][1:3] + rows[name][6:7] if x] == [w.replace("_r", " r") for w in want], name
+    for name in DEMOS:
+        assert rows[name][1] == f"{len(common.load_raw(name).r):,}"
+    for name in TOYS:
+        assert rows[name][1] == f"{len(load_dataset(name)):,}"
+
+
+def test_the_documentation_shows_what_is_printed():
+    text = (REPOSITORY / "docs" / "data.md").read_text()
+    blocks = re.findall(r"<!-- printed by: python common\.py(.*?) -->\n+```\w*\n(.*?)\n```", text, re.S)
+    assert [args for args, _ in blocks].count("") == 1
+    for args, block in blocks:
+        assert block == (common.inspect(*args.split()) if args else common.listing()), args
+
+
+def look(source, env: str | None = None) -> dict[str, str]:
+    """Label -> text of inspect(); several notes are one text."""
+    head, *lines = common.inspect(str(source), env).splitlines()
+    assert head == str(source) and len(lines) <= 24 and max(map(len, lines)) <= 130
+    assert all(re.match(r"  [a-z]+ +\S", line) for line in lines)
+    found = {}
+    for label, text in (line.split(maxsplit=1) for line in lines):
+        found[label] = f"{found[label]} | {text}" if label in found else text
+    return found
+
+
+def eleven(**changes) -> dict[str, np.ndarray]:
+    """Five episodes: rows 0-2 terminal, 3-5 to a time-out, 6-7 terminal, 8 terminal at once, 9-10 unfinished.
+    Rows 4 and 8 repeat 1; row 5 has the state of row 3, with another action. Column 1 is constant."""
+    i = np.arange(11)
+    s = np.stack([i / 2, np.full(11, -3), np.sin(i)], 1).astype(np.float32)
+    a = np.array([1, 0.5, -1, 0.3, 0.5, 0.2, 1 - 5e-6, 0.9999, 0.5, 0, 0], np.float32)[:, None]
+    s[[4, 8]], s[5] = s[1], s[3]
+    r = np.array([0, 2, 4, 4, 5, 6, 7, 8, 9, 10, 11], np.float32)
+    data = {"observations": s, "actions": a, "rewards": r, "terminals": np.isin(i, (2, 7, 8)), "timeouts": i == 5}
+    return data | changes
+
+
+def test_a_look_at_a_file_by_hand(tmp_path):
+    """Lengths 3 3 2 1 2, returns 6 15 15 9 21: mean 13.2, variance 27.36; 10 % of them lie below 6 + 0.4 (9 - 6),
+    90 % below 15 + 0.6 (21 - 15). Scores: (R + 1224.1) / 10.712."""
+    path = write(tmp_path / "eleven.hdf5", eleven())
+    want = {
+        "rows": "11 with observations (3) and actions (1); every number is finite",
+        "transitions": "9 to train on, 3 of them terminal",
+        "episodes": "5: 3 end terminal, 1 at a time-out, the last one (2 rows) is cut off",
+        "length": "2.2 +- 0.748;  min, 10 %, median, 90 %, max: 1  1.4  2  3  3",
+        "return": "13.2 +- 5.23;  min, 10 %, median, 90 %, max: 6  7.2  15  18.6  21",
+        "score": "no reference scores",
+        "reward": "6 +- 3.25;  min, 10 %, median, 90 %, max: 0  2  6  10  11; 0 in 9.09 % of the rows",
+        "observation": "-3 to 5; constant columns: [1]",
+        "action": "-1 to 1; 27.3 % of the numbers at a bound",
+        "duplicates": "2 rows repeat the observation and action of an earlier one",
+        "task": "not known from a file; sizes as in: pendulum-demo. --env NAME names it",
+        "note": "1 terminal rows follow a terminal row; each counts as an episode of one row",
+    }
+    assert look(path) == want
+    score = "115.5 +- 0.488;  min, 10 %, median, 90 %, max: 114.8  114.9  115.7  116  116.2"
+    assert look(path, "pendulum-demo") == want | {"score": score, "task": "Pendulum-v1, 200 steps: sizes fit"}
+    other = look(path, "hopper-medium-v2")
+    assert other["task"] == "Hopper-v4, 1000 steps: does NOT fit: its sizes are (11, 3), the data's (3, 1)"
+    wide = write(tmp_path / "wide.hdf5", eleven(actions=np.zeros((11, 2))))
+    assert look(wide, "pendulum-demo")["task"].endswith("its sizes are (3, 1), the data's (3, 2)")
+    assert look(path, "Pendulum-v1") == want | {"task": "Pendulum-v1, 200 steps: sizes fit"}  # no scores
+
+
+def test_a_look_at_a_file_with_the_name_of_a_toy_is_one_at_the_file(tmp_path):
+    assert look(write(tmp_path / "x.hdf5", eleven()), "bandit-ring")["rows"].startswith("11 with observations (3)")
+
+
+@pytest.mark.parametrize("last, words", [
+    ("terminals", "5: 4 end terminal, 1 at a time-out"), ("timeouts", "5: 3 end terminal, 2 at a time-out")
+])  # fmt: skip
+def test_a_file_that_ends_with_its_last_episode(tmp_path, last, words):
+    data = eleven()
+    data[last][10] = True
+    assert look(write(tmp_path / "x.hdf5", data))["episodes"] == words
+
+
+def test_a_row_at_a_time_out_and_terminal_ends_terminal(tmp_path):
+    data = eleven(timeouts=np.isin(np.arange(11), (2, 5)))
+    found = look(write(tmp_path / "x.hdf5", data))
+    assert found["episodes"].startswith("5: 3 end terminal, 1 at a time-out")
+    assert found["transitions"] == "8 to train on, 2 of them terminal"  # D4RL drops it
+
+
+@pytest.mark.parametrize("S, A, words", [
+    (17, 6, "halfcheetah, walker2d"), (29, 8, "antmaze, antmaze-umaze"), (39, 30, "relocate"), (5, 5, "none of D4RL's"),
+])  # fmt: skip
+def test_tasks_that_a_file_without_a_name_may_belong_to(tmp_path, S, A, words):
+    path = write(tmp_path / "x.h5", arrays() | {"observations": np.eye(20, S), "actions": np.eye(20, A)})
+    assert look(path)["task"] == f"not known from a file; sizes as in: {words}. --env NAME names it"
+
+
+def test_notes_on_what_cannot_be_learned_from(tmp_path):
+    """Episodes of 200, 201 and 49 rows where the task has 200 steps; no reward; no run of terminal rows."""
+    i = np.arange(450)
+    s = np.random.default_rng(0).standard_normal((450, 3))
+    data = {"observations": s, "actions": s[:, :1] / 9, "rewards": 0.0 * i, "terminals": i == 400, "timeouts": i == 199}
+    found = look(write(tmp_path / "x.hdf5", data), "pendulum-demo")
+    notes = ["1 episodes are longer than the task's 200 steps", "all rewards are 0: there is nothing to learn from"]
+    assert found["note"] == " | ".join(notes) and found["reward"].endswith("; 0 in 100 % of the rows")
+    data["rewards"][7] = 1
+    assert look(write(tmp_path / "x.hdf5", data), "pendulum-demo")["note"] == notes[0]
+    assert "note" not in look(write(tmp_path / "x.hdf5", data))
+
+
+D4RL_LOOKS = {  # end terminal, at a time-out, rows cut off; terminal rows after another; longer than the task
+    "antmaze-umaze-diverse-v0": ("26: 19 end terminal, 6 at a time-out, the last one (150 rows)", 8 + 9, 0),
+    "antmaze-medium-play-v2": ("23: 19 end terminal, 3 at a time-out, the last one (150 rows)", 8 + 9, 0),
+    "maze2d-umaze-v1": ("5: 0 end terminal, 4 at a time-out, the last one (388 rows)", 0, 1),
+    "kitchen-complete-v0": ("4: 2 end terminal, 1 at a time-out, the last one (50 rows)", 0, 0),
+    "door-human-v0": ("3: 0 end terminal, 2 at a time-out, the last one (250 rows)", 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", D4RL_LOOKS)
+def test_a_look_at_the_files_of_d4rl_finds_their_oddities(tmp_path, monkeypatch, name):
+    """From the cache, under the name of the dataset, and as a file with --env: the same but for the first line."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    path = write(tmp_path / Path(PATHS[name]).name, layout(name))
+    episodes, runs, longer = D4RL_LOOKS[name]
+    found = look(name)
+    assert found == look(path, name) and found["episodes"].startswith(episodes)
+    assert found["task"] == f"{name}, {facts(name)[2]} steps: sizes fit" and found["score"][0] in "-0123456789"
+    notes = [f"{longer} episodes are longer than the task's {facts(name)[2]} steps"] * (longer > 0)
+    notes += [f"{runs} terminal rows follow a terminal row; each counts as an episode of one row"] * (runs > 0)
+    assert found.get("note", "") == " | ".join(notes)
+
+
+def test_a_look_at_demos_and_toys():
+    found = look("pendulum-demo")  # data/README.md
+    assert found["rows"].startswith("40,000 with observations (3) and actions (1)")
+    assert found["episodes"] == "200: 0 end terminal, 200 at a time-out" and found["score"].startswith("62.01 +- ")
+    assert found["length"] == "200 +- 0;  min, 10 %, median, 90 %, max: 200  200  200  200  200"
+    assert found["transitions"] == "39,800 to train on, 0 of them terminal" and "note" not in found
+    ring, two = look("bandit-ring"), look("bandit-two")
+    assert ring["transitions"] == "1,500 to train on, 1,500 of them terminal"
+    assert ring["episodes"] == "1,500: 1,500 end terminal, 0 at a time-out"
+    assert ring["observation"] == "0 to 0; constant columns: [0]" and not {"task", "note"} & set(ring)
+    assert ring["score"].endswith("  100") and ring["reward"].startswith(ring["return"] + "; 0 in ")
+    assert ring["duplicates"].startswith("0 rows") and two["duplicates"].startswith("199,200 rows")
+
+
+def test_a_look_at_a_minari_dataset(store):
+    """Returns 15, 36, 90: (R + 1200) / 10.5."""
+    put("test/pendulum-v0", THREE, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
+    found = look("test/pendulum-v0")
+    assert found["transitions"] == "12 to train on, 1 of them terminal"
+    assert found["episodes"] == "3: 1 end terminal, 2 at a time-out" and found["length"].startswith("4 +- 0.816;")
+    assert found["return"].endswith("max: 15  19.2  36  79.2  90") and found["score"].endswith("  122.9")
+    assert found["task"] == "Pendulum-v1, 200 steps: sizes fit"
+
+
+def command(monkeypatch, capfd, *args) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `python common.py ...`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["common.py", *map(str, args)])
+    code = 0
+    try:
+        runpy.run_path(str(REPOSITORY / "common.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capfd.readouterr()
+
+
+BROKEN = {  # arguments -> words of the line; {} is a temporary folder
+    "{}/nan.hdf5": ["observations has NaN", "2 of 20"],
+    "{}/nan.hdf5 --env hopper-medium-v2": ["observations has NaN"],
+    "{}/half.hdf5": ["cannot read", "truncated"],
+    "{}/half": ["cannot read", "truncated"],  # a file is one whatever its name
+    "{}/keys.hdf5": ["has no rewards"],
+    "{}/time.hdf5": ["no transition is left"],
+    "{}/nowhere.hdf5": ["no such file"],
+    "{}": ["unknown", "nearest names"],
+    "{}/folder.hdf5": ["no such file"],
+    "{}/good.hdf5 --env hoper-medium-v2": ["'hoper-medium-v2'", "hopper-medium-v2"],
+    "": ["unknown", "nearest names"],
+    "antmaze-umaze": ["'antmaze-umaze'", "antmaze-umaze-v2"],
+    "Pendulum-v1": ["'Pendulum-v1'", "pendulum-demo"],
+}
+
+
+@pytest.mark.parametrize("args", BROKEN)
+def test_what_cannot_be_looked_at_is_told_in_one_line(tmp_path, monkeypatch, capfd, args):
+    good = write(tmp_path / "good.hdf5", arrays()).read_bytes()
+    for name in ("half.hdf5", "half"):
+        (tmp_path / name).write_bytes(good[: len(good) // 2])
+    write(tmp_path / "nan.hdf5", spoiled("observations", np.nan))
+    write(tmp_path / "keys.hdf5", changed(rewards=None))
+    write(tmp_path / "time.hdf5", changed(timeouts=np.ones(20, bool)))
+    (tmp_path / "folder.hdf5").mkdir()
+    code, out, err = command(monkeypatch, capfd, *args.format(tmp_path).split(" "))
+    assert code == 2 and out == "" and err.startswith("common.py: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert all(word in err for word in BROKEN[args])
+
+
+def test_the_command_lists_looks_and_helps(monkeypatch, capfd, tmp_path):
+    assert command(monkeypatch, capfd) == (0, common.listing() + "\n", "")
+    path = str(write(tmp_path / "x.hdf5", eleven()))
+    assert command(monkeypatch, capfd, path) == (0, common.inspect(path) + "\n", "")
+    want = common.inspect(path, "pendulum-demo") + "\n"
+    assert command(monkeypatch, capfd, path, "--env", "pendulum-demo") == (0, want, "")
+    code, out, err = command(monkeypatch, capfd, "--help")
+    words = " ".join(out.replace("│", " ").split())
+    assert code == 0 and err == "" and "Without arguments: every dataset name" in words
+    assert "With a name or a D4RL-format HDF5 file: a look" in words and "--env" in words
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    """From another folder, with everything that the interpreter may print."""
+    write(tmp_path / "nan.hdf5", spoiled("rewards", np.nan))
+
+    def run(*args):
+        command = [sys.executable, str(REPOSITORY / "common.py"), *args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+
+    good, bad = run("hopper-demo"), run("nan.hdf5")
+    assert (good.returncode, good.stdout, good.stderr) == (0, common.inspect("hopper-demo") + "\n", "")
+    assert (bad.returncode, bad.stdout) == (2, "") and bad.stderr.count("\n") == 1
+    assert bad.stderr.startswith("common.py: nan.hdf5: rewards has NaN or infinity in 2 of 20 rows")
