@@ -16,6 +16,7 @@ Differences from the authors' code, each tagged where it happens (reasons and ef
   [D3] bandits: 250 stored draws of the reward noise per action, not one per visit (common.toy_dataset)
   [D4] evaluation: one environment per episode, seeded, all in lock step
   [D5] D4RL's locomotion is evaluated in gymnasium's -v4 tasks (common.ENV_IDS)
+  [D6] antmaze: jumps between rows are cut as time-outs (common.cut_jumps); the task is d4rl_envs.py's
 Shapes: B batch, S state, A action, T diffusion steps, H critic heads, N actions per state, E episodes.
 Run:    python dac.py                          (pendulum, no download, about a minute on a CPU)
         python dac.py --env hopper-medium-v2   (D4RL; the paper's settings)
@@ -143,6 +144,8 @@ class Args:
     """see ema_every (paper: 1000; bandits: 10)"""
     reward_scale: Literal["range", "none"] | None = None
     """range: r <- 1000 r / (max return - min return), the paper's rule; none: as stored"""
+    reward_shift: float = 0.0
+    """added to every stored reward, before the scale (paper: 0; IQL on antmaze: -1 with --reward-scale none)"""
 
 
 SAMPLING = ("N_a", "temperature", "clip_x0")  # what --eval-only takes from the command line
@@ -192,6 +195,7 @@ def resolve(args: Args) -> Args:
         ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
         ("hidden", "one or more positive widths", len(args.hidden) > 0 and min(args.hidden) > 0),
     ]
+    rules.append(("reward_shift", "a finite number", math.isfinite(args.reward_shift)))
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
     for name, want, ok in rules:  # NaN fails every comparison
@@ -889,16 +893,20 @@ def off_support(env: str, a: Tensor) -> float:
     return float((torch.cdist(a, TOYS[env].centres).amin(-1) > 3 * TOYS[env].spread).float().mean())
 
 
-def check_task(args, S: int, A: int) -> None:
-    """The evaluation task must have these sizes: found out before training, not after."""
-    want = 1, 2  # of every toy
-    if args.env not in TOYS:
-        env = make_env(args.env, args.eval_env)
-        want = *env.observation_space.shape, *env.action_space.shape
-        env.close()
-    if (S, A) != want:
+def task_sizes(args) -> tuple[int, int]:
+    """Observation and action sizes of the evaluation task; if it cannot be made, the run ends before a download."""
+    if args.env in TOYS:
+        return 1, 2
+    env = make_env(args.env, args.eval_env)
+    env.close()
+    return *env.observation_space.shape, *env.action_space.shape
+
+
+def check_task(task: tuple[int, int], S: int, A: int) -> None:
+    """Data and evaluation task must have the same sizes: found out before training, not after."""
+    if (S, A) != task:
         fix = "--env (or --eval-env) must name the task that the data comes from"
-        raise UserError(f"the data has sizes (observation, action) {S, A}, the task {want}: {fix}")
+        raise UserError(f"the data has sizes (observation, action) {S, A}, the task {task}: {fix}")
 
 
 # --- main -------------------------------------------------------------------------------------------------
@@ -913,12 +921,13 @@ def main(args: Args) -> None:
     device = pick_device(args)
     seed_all(args.seed)
 
+    task = task_sizes(args)
     data = load_dataset(args.env, args.data_path, args.data_url).to(device)
-    check_task(args, data.s.shape[1], data.a.shape[1])
+    check_task(task, data.s.shape[1], data.a.shape[1])
     returns = data.returns().cpu().numpy()  # as stored
     scores = normalized_score(args.env, returns)
-    if args.reward_scale == "range":
-        data.r = data.r * reward_scale(data)  # not in place: common.py keeps a toy's tensors
+    factor = reward_scale(data) if args.reward_scale == "range" else 1.0
+    data.r = factor * (data.r + args.reward_shift)  # not in place: common.py keeps a toy's tensors
     data.a = data.a.clamp(-(1 - 1e-5), 1 - 1e-5)
 
     S, A = data.s.shape[1], data.a.shape[1]
@@ -971,7 +980,7 @@ def reevaluate(args: Args) -> None:
     device = pick_device(args)
     sizes = [v.shape for v in content["state"]["actor"].values()]
     S_A, A = content["state"]["critics"]["weights.0"].shape[1], sizes[-1][0]
-    check_task(args, S_A - A, A)
+    check_task(task_sizes(args), S_A - A, A)
     agent = make_agent(args, S_A - A, A, device)
     progress = restore(agent_state(agent), content)
     act = make_act(args, agent.actor, agent.critics_target, A, vp_schedule(args.T).to(device))

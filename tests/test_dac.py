@@ -967,8 +967,9 @@ def test_compiled_updates_are_the_eager_ones():
 
 
 # --- the loop of main -------------------------------------------------------------------------------------
-def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_online(monkeypatch, tmp_path):
-    """Two episodes with returns 1 + 1 (cut by time) and 6: rewards are multiplied by 1000 / (6 - 2) = 250.
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_online(monkeypatch, tmp_path, shift):
+    """Two episodes with returns 1 + 1 (cut by time) and 6: rewards are shifted, then times 1000 / (6 - 2) = 250.
     Every 5th update, later than 10: the target actor moves after updates 15, 20, 25 and 30.
     Actions are drawn from the online actor and chosen by the target critics."""
     s, a = torch.randn(3, 3), tensor([[1.0, -1.0], [0.5, 0.2], [-0.3, 1.0]])
@@ -1006,10 +1007,10 @@ def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_onli
         monkeypatch.setattr(dac, name, stub)
     monkeypatch.setattr(dac, "load_dataset", lambda *where: deepcopy(data))
     monkeypatch.setattr(dac, "check_task", lambda *what: None)
-    dac.main(tiny_args(seed=123, steps=31, ema_every=5, ema_after=10, device="cpu", compile="off"))
+    dac.main(tiny_args(seed=123, steps=31, ema_every=5, ema_after=10, device="cpu", compile="off", reward_shift=shift))
     assert moved == [15, 20, 25, 30] and seen["T"] == 3
     assert not same(seen["agent"].actor_target, seen["start"])
-    close(seen["data"].r, [250.0, 250.0, 1500.0], 1e-3)
+    close(seen["data"].r, [250 * (1 + shift), 250 * (1 + shift), 250 * (6 + shift)], 1e-3)
     assert seen["average"] == pytest.approx(100 * (4 + 20.272305) / (3234.3 + 20.272305))  # returns as stored
     close(seen["data"].a, [[1 - 1e-5, -1 + 1e-5], [0.5, 0.2], [-0.3, 1 - 1e-5]], 1e-7)
 

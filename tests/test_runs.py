@@ -421,6 +421,35 @@ def test_any_gymnasium_id_with_a_data_file(tmp_path, small_data):
     assert result["normalized_score"] is None and result["return"] < 0
 
 
+@pytest.mark.parametrize(
+    ("env", "S", "A", "horizon"), [("antmaze-umaze-v0", 29, 8, 700), ("pen-human-v0", 45, 24, 100)]
+)
+def test_tasks_of_d4rl_envs_train_and_evaluate(tmp_path, env, S, A, horizon):
+    """A file of yours, D4RL's task, its scores: 0 and 1 are 0 and 100 in antmaze; a pen ends when dropped or at 100."""
+    g, path = np.random.default_rng(0), tmp_path / "x.hdf5"
+    with h5py.File(path, "w") as file:
+        file["observations"] = g.normal(0, 0.1, (60, S)).astype(np.float32)
+        file["actions"] = g.uniform(-1, 1, (60, A)).astype(np.float32)
+        file["rewards"], file["terminals"] = (np.arange(60) % 20 == 15).astype(np.float32), np.arange(60) % 20 == 15
+        file["timeouts"] = np.arange(60) % 30 == 29
+    out = trained(*TINY, "--env", env, "--data-path", path, "--reward-shift", -1, "--reward-scale", "none",
+                  "--run-dir", tmp_path / "runs")  # fmt: skip
+    assert f"dac {env} seed 0: normalized score" in out.splitlines()[-1]
+    rows = read_csv(tmp_path / "runs" / env / "dac" / "seed0" / "eval.csv")
+    low, high = common.reference(env)
+    for row in rows:
+        score = 100 * (float(row["return"]) - low) / (high - low)
+        assert float(row["normalized_score"]) == pytest.approx(score, abs=1e-3) and 1 <= int(row["length"]) <= horizon
+    assert len(rows) == 2 + 2 + 3 and (env != "antmaze-umaze-v0" or {row["length"] for row in rows} == {"700"})
+    assert checkpoint(tmp_path / "runs" / env / "dac" / "seed0")["args"]["reward_shift"] == -1
+
+
+def test_a_task_that_cannot_be_made_ends_the_run_before_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "fetch", lambda *what: pytest.fail("asked for the file first"))
+    argv = ["--env", "hopper-medium-v2", "--eval-env", "Nothing-v7", "--run-dir", tmp_path]
+    refused(*argv, says=["Nothing", "--eval-env"])
+
+
 def test_rescaled_rewards_leave_the_score_alone(tmp_path):
     """--reward-scale changes what is learned from, not what is reported."""
     argv = [*TINY, "--env", "bandit-ring", "--steps", 1, "--run-dir"]
@@ -852,7 +881,8 @@ NONSENSE = """steps 0, steps -5, batch-size -1, batch-size 0, discount 1.5, disc
 polyak 0, polyak 1.1, polyak nan, temperature -1, temperature nan, eta nan, eta 0, eta inf, eta-lr -1,
 eta-lr nan, b -1, b nan, rho -1, hidden 0, hidden 16 -1, T 0, H 0, N 0, N-a 0, seed -1,
 seed 99999999999999999999, actor-lr 0, actor-lr -1e-3, critic-lr nan, critic-lr inf, grad-clip 0, ema-every 0,
-ema-after -1, log-every 0, eval-every 0, eval-episodes 0, final-episodes -2, save-every 0"""
+ema-after -1, log-every 0, eval-every 0, eval-episodes 0, final-episodes -2, save-every 0,
+reward-shift nan, reward-shift inf"""
 
 
 @pytest.mark.parametrize("text", re.split(r",\s", NONSENSE))
