@@ -588,11 +588,25 @@ def toy_dataset(name: str) -> Dataset:
     return Dataset(s, a, r.float(), s, one, one.bool())
 
 
-def tilted_samples(name: str, n: int, beta: float, seed: int = 0, pool: int = 1_000_000) -> Tensor:
-    """(n, 2) exact samples of p(a) ~ p_data(a) exp(beta r(a)), r the mean reward: fresh draws, resampled."""
+def reweighted_samples(name: str, n: int, weight, seed: int = 0, pool: int = 1_000_000) -> Tensor:
+    """(n, 2) exact samples of p(a) ~ p_data(a) weight(r(a)), r the mean reward: fresh draws, resampled."""
     g = torch.Generator().manual_seed(seed)
     x, r = TOYS[name].draw(pool, g)
-    return x[torch.multinomial((beta * r).softmax(0), n, replacement=True, generator=g)] / TOYS[name].scale
+    return x[torch.multinomial(weight(r), n, replacement=True, generator=g)] / TOYS[name].scale
+
+
+def tilted_samples(name: str, n: int, beta: float, seed: int = 0, pool: int = 1_000_000) -> Tensor:
+    """(n, 2) exact samples of p(a) ~ p_data(a) exp(beta r(a))."""
+    return reweighted_samples(name, n, lambda r: (beta * r).softmax(0), seed, pool)
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two sample sets, (n, 2) and (m, 2) (Szekely & Rizzo, 2013): 0 if alike."""
+
+    def within(z):
+        return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
+
+    return float(2 * torch.cdist(x, y).mean() - within(x) - within(y))
 
 
 # --- diffusion schedules ----------------------------------------------------------------------------------

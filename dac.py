@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from common import TOYS, UserError, load_dataset, make_env, normalized_score, reward_scale, vp_schedule
 
-METHOD, FORMAT = "dac", 1  # FORMAT: of last.pt; raised whenever an older file would not load
+METHOD, FORMAT = "dac", 2  # FORMAT: of last.pt; raised whenever an older file would not load
 
 
 @dataclass
@@ -635,7 +635,7 @@ def run_folder(args) -> Path:
 
 class Run:
     """One run folder: arguments, losses, evaluations, checkpoints, result. `state` names all that learning
-    changes, `progress` where it stands: stage, step of that stage, stages done, seconds."""
+    changes, `progress` where it stands: stage, step of that stage, stages done, seconds of each."""
 
     # a resumed run may change these, nothing else
     FREE = """device data_path data_url eval_env run_dir resume overwrite eval_only log_every save_every
@@ -643,7 +643,7 @@ class Run:
 
     def __init__(self, args, state: dict, device: torch.device):
         self.args, self.state, self.device, self.folder = args, state, device, run_folder(args)
-        self.progress = {"stage": "", "step": 0, "done": [], "train_seconds": 0.0, "eval_seconds": 0.0}
+        self.progress = {"stage": "", "step": 0, "done": [], "seconds": {}, "eval_seconds": 0.0}
         self.rows: list[dict] = []  # of eval.csv
         self.signal = 0
         last, exists = self.folder / "last.pt", (self.folder / "args.json").exists()
@@ -660,8 +660,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.write("args.json", json.dumps(describe(args, device), indent=2))
             self.write_evaluations()
-            step = self.progress["step"]
-            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
         except OSError as error:
             why = f"cannot write to {self.folder} ({error.strerror})"
             raise UserError(f"{why}; give another --run-dir") from error
@@ -695,12 +693,17 @@ class Run:
 
     def train(self, stage: str, steps: int, update, act=None) -> None:
         """Calls update(i) for i = 0, 1, ..., steps - 1, from where the checkpoint stands.  act: the policy to
-        evaluate at step 0, on the way and at the end.  Ctrl-C and SIGTERM save, and say how to go on."""
+        evaluate at step 0, on the way and at the end; stages without one log to a subfolder.  Ctrl-C and SIGTERM
+        save, and say how to go on."""
         args, progress, losses = self.args, self.progress, {}
         if stage in progress["done"]:
             return
-        start = progress["step"] if progress["stage"] == stage else 0
-        progress |= {"stage": stage, "step": start}
+        if progress["stage"] != stage:
+            progress |= {"stage": stage, "step": 0}
+            progress["seconds"][stage], self.rows = 0.0, []
+        start = progress["step"]
+        where = self.folder if act else self.folder / stage
+        self.writer = SummaryWriter(str(where), purge_step=start + 1 if start else None)
         handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=steps, initial=start, desc=stage, unit="step", disable=None)
         try:
@@ -720,7 +723,7 @@ class Run:
                 progress["step"] = step + 1
                 if (step + 1) % args.log_every == 0:
                     self.log(losses)
-                progress["train_seconds"] += time.perf_counter() - clock
+                progress["seconds"][stage] += time.perf_counter() - clock
                 bar.update()
                 if self.signal:
                     raise KeyboardInterrupt
@@ -731,6 +734,7 @@ class Run:
             raise SystemExit(128 + self.signal) from None
         finally:
             bar.close()
+            self.writer.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
@@ -756,7 +760,7 @@ class Run:
         self.writer.add_scalar("charts/steps_per_second", self.steps_per_second(), self.progress["step"])
 
     def steps_per_second(self) -> float:
-        return self.progress["step"] / max(self.progress["train_seconds"], 1e-9)
+        return self.progress["step"] / max(self.progress["seconds"][self.progress["stage"]], 1e-9)
 
     def save(self, losses: dict[str, Tensor]) -> None:
         nets = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
@@ -804,10 +808,10 @@ class Run:
             result |= {k: None if v is None else v.mean(), f"{k}_std": None if v is None else v.std()}
         result["normalized_score_last5"] = None if scores is None else self.curve()[1][-5:].mean()
         result |= {"episodes": len(final), "steps_per_second": self.steps_per_second()}
-        result |= {k: self.progress[k] for k in ("train_seconds", "eval_seconds")}
+        result["train_seconds"] = sum(self.progress["seconds"].values())
+        result["eval_seconds"] = self.progress["eval_seconds"]
         self.write("result.json", json.dumps(result | {"device": device_name(self.device)}, indent=2))
         plot_curve(self, data_average)
-        self.writer.close()
         print(summary(self.args, returns, step))
 
 
@@ -862,9 +866,9 @@ def plot_curve(run: Run, data_average: float) -> None:
     plt.close(fig)
 
 
-def plot_toy(path: Path, env: str, data, value, samples: Tensor) -> None:
+def plot_toy(path: Path, env: str, data, value, samples: Tensor, note: str = "") -> None:
     """samples.png: data coloured by mean reward; the learned value field, value: (n, 2) -> (n,); samples
-    coloured by reward, with the share of them that is off the data's support, where the toy has modes."""
+    coloured by reward, with the share of them that is off the data's support, where the toy has modes, and a note."""
     import matplotlib.pyplot as plt
 
     toy, span = TOYS[env], torch.linspace(-1.5, 1.5, 121)
@@ -881,7 +885,7 @@ def plot_toy(path: Path, env: str, data, value, samples: Tensor) -> None:
     shown = samples.clamp(-1.45, 1.45)
     fig.colorbar(axes[2].scatter(*shown.T, c=got, **dots), ax=axes[2], label="mean reward", shrink=0.8)
     off = "" if toy.centres is None else f", {100 * off_support(env, samples):.0f} % off support"
-    axes[2].set_title(f"{METHOD} samples\nmean reward {got.mean():.2f}{off}")
+    axes[2].set_title(f"{METHOD} samples\nmean reward {got.mean():.2f}{off}\n{note}".strip())
     for ax in axes:
         ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
     fig.savefig(path, dpi=120)

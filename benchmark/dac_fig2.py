@@ -23,7 +23,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dac  # noqa: E402
-from common import TOYS, tilted_samples, toy_dataset, vp_schedule  # noqa: E402
+from common import TOYS, energy_distance, tilted_samples, toy_dataset, vp_schedule  # noqa: E402
 
 SETS = ("bandit-two", "bandit-three", "bandit-moons", "bandit-circles")
 NAMES = {"none": "cloning", "denoised": "denoised", "hard": "hard", "soft": "soft"}
@@ -64,15 +64,6 @@ def samples(args: Args, env: str, guidance: str, n: int) -> tuple[torch.Tensor, 
     torch.manual_seed(1)
     act = dac.make_act(run_args, agent.actor, agent.critics_target, 2, vp_schedule(run_args.T))
     return act(torch.zeros(n, 1)), agent, run_args
-
-
-def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two sample sets (Szekely & Rizzo)."""
-
-    def within(z):
-        return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
-
-    return float(2 * torch.cdist(x, y).mean() - within(x) - within(y))
 
 
 def panel(ax, a: torch.Tensor, **style) -> None:

@@ -83,7 +83,8 @@ def reevaluations() -> str:
         env, method, label, _ = path.name.split("__")
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                settings = f"N_a {row['N_a']}, temperature {row['temperature']}, {row['episodes']} episodes"
+                shown = [f"{k} {row[k]}" for k in ("N_a", "kappa", "K", "temperature") if k in row]
+                settings = f"{', '.join(shown)}, {row['episodes']} episodes"
                 scores[env, name(method, label), settings][row["seed"]] = float(row["normalized_score"])
     lines = ["| dataset | run | sampling | last policy | per seed |", "|---" * 5 + "|"]
     for (env, run, settings), x in scores.items():

@@ -1,12 +1,13 @@
-"""Updates per second of dac.py: {paper size, demo size} x {eager, compiled, graphed}, on the device at hand.
+"""Updates per second: script x stage x {paper size, demo size} x {eager, compiled, graphed}, on the device at hand.
 
-    python benchmark/throughput.py [--threads 1] [--sizes paper demo] [--device cuda]
+    python benchmark/throughput.py [--scripts dac diffusion_dice] [--threads 1] [--sizes paper demo] [--device cuda]
 
-Timed: whole updates (batch, target, critic, actor, eta, optimisers, averages), data on the device, no logging, no
-evaluation; the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own.
-FLOPs: the formulas of torch.utils.flop_counter, matrix products only. share: seconds that plain torch.mm needs for the
-same products (same shapes, one after the other), over seconds of the update. act: one call for 10 episodes at once, as
-in evaluation. Peak memory: CUDA allocator; on a CPU the largest resident size of the process so far.
+Timed: whole updates (batch, targets, losses, optimisers, averages), data on the device, no logging, no evaluation;
+the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own. FLOPs: the
+formulas of torch.utils.flop_counter, matrix products only. share: seconds that plain torch.mm needs for the same
+products (same shapes, one after the other), over seconds of the update. act: one call for 10 episodes at once, as in
+evaluation; act K=32: one state with 32 candidates. Peak memory: CUDA allocator; on a CPU the largest resident size of
+the process so far.
 """
 
 import platform
@@ -15,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dac  # noqa: E402
+import diffusion_dice  # noqa: E402
 from common import Dataset, vp_schedule  # noqa: E402
 
 Mode = Literal["eager", "compiled", "graphed", "compiled+graphed"]
@@ -35,6 +37,8 @@ SIZES = {"paper": ("halfcheetah-medium-v2", 17, 6), "demo": ("hopper-demo", 11, 
 
 @dataclass
 class Args:
+    scripts: tuple[Literal["dac", "diffusion_dice"], ...] = ("dac", "diffusion_dice")
+    """methods to time"""
     sizes: tuple[Literal["paper", "demo", "pendulum"], ...] = ("paper", "demo")
     """which presets: paper = halfcheetah-medium-v2 (S 17, A 6), demo = hopper-demo, pendulum = pendulum-demo"""
     modes: tuple[Mode, ...] = ("eager", "compiled", "graphed", "compiled+graphed")
@@ -44,9 +48,9 @@ class Args:
     threads: int | None = None
     """CPU threads (default: torch's)"""
     guidance: Literal["soft", "hard", "denoised", "none"] = "soft"
-    """soft against denoised at --T 5 10 20 50 100 is the paper's table of update times"""
+    """dac: soft against denoised at --T 5 10 20 50 100 is the paper's table of update times"""
     T: tuple[int, ...] = (5,)
-    """diffusion steps"""
+    """dac: diffusion steps"""
     seconds: float = 10.0
     """time per measurement"""
 
@@ -98,16 +102,34 @@ def mm_seconds(shapes: Counter, device: torch.device) -> float:
     return total
 
 
-def measure(args: Args, size: str, mode: str, T: int, device: torch.device) -> str:
+def parts(args: Args, script: str, size: str, T: int, device: torch.device) -> dict:
+    """Stage -> (update, {name: act})."""
     env, S, A = SIZES[size]
-    run = dac.resolve(dac.Args(env=env, guidance=args.guidance, T=T, steps=2_000_000))
     torch.manual_seed(0)
     n = 100_000
     zeros = torch.zeros(n)
     data = Dataset(torch.randn(n, S), torch.rand(n, A) * 2 - 1, torch.randn(n), torch.randn(n, S), zeros, zeros.bool())
-    agent = dac.make_agent(run, S, A, device)
-    update, _ = dac.make_update(run, agent, data.to(device), vp_schedule(T).to(device))
-    act = dac.make_act(run, agent.actor, agent.critics_target, A, vp_schedule(T).to(device))
+    data, ten = data.to(device), torch.zeros(10, S, device=device)
+    if script == "dac":
+        run = dac.resolve(dac.Args(env=env, guidance=args.guidance, T=T, steps=2_000_000))
+        agent = dac.make_agent(run, S, A, device)
+        update, _ = dac.make_update(run, agent, data, vp_schedule(T).to(device))
+        act = dac.make_act(run, agent.actor, agent.critics_target, A, vp_schedule(T).to(device))
+        return {f"{args.guidance}, T={T}": (update, {"act": lambda: act(ten)})}
+    run = diffusion_dice.resolve(diffusion_dice.Args(env=env, steps=1_000_000))
+    agent = diffusion_dice.make_agent(run, S, A, device)
+    no_guidance = diffusion_dice.make_update(replace(run, guidance="none"), agent, data)
+    act = diffusion_dice.make_act(run, agent, A)
+    act_32 = diffusion_dice.make_act(replace(run, K=32), agent, A)
+    acts = {"act": lambda: act(ten), "act K=32": lambda: act_32(ten[:1])}
+    return {
+        "behavior": (diffusion_dice.make_behavior_update(run, agent, data), {}),
+        "main without guidance": (no_guidance, {}),
+        "main": (diffusion_dice.make_update(run, agent, data), acts),
+    }
+
+
+def measure(args: Args, stage: str, update, acts: dict, mode: str, device: torch.device) -> str:
     with Products() as products:
         update()
     plain = mm_seconds(products.shapes, device)
@@ -122,10 +144,10 @@ def measure(args: Args, size: str, mode: str, T: int, device: torch.device) -> s
     seconds = rounds(fn, device, args.seconds)
     peak = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # fmt: skip
-    latency = rounds(lambda: act(torch.zeros(10, S, device=device)), device, 1.0)
+    latency = ", ".join(f"{name} {1000 * rounds(call, device, 1.0):.1f}" for name, call in acts.items())
     time_ = f"{1 / seconds:.1f} | {1000 * seconds:.2f} | {warm:.0f} | {peak:.0f}"
     work = f"{products.flops / 1e9:.3f} | {products.flops / seconds / 1e9:.0f} | {100 * plain / seconds:.0f} %"
-    return f"| {size} | {args.guidance}, T={T} | {mode} | {time_} | {work} | {1000 * latency:.2f} |"
+    return f"{stage} | {mode} | {time_} | {work} | {latency} |"
 
 
 def main(args: Args) -> None:
@@ -133,14 +155,16 @@ def main(args: Args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {dac.device_name(device)}\n")
-    print("| size | guidance | mode | updates/s | ms | warm-up s | peak MiB | GFLOP | GFLOP/s | share | act ms |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for size in args.sizes:
-        for T in args.T:
-            for mode in args.modes:
-                if "graphed" in mode and device.type == "cpu":
-                    continue
-                print(measure(args, size, mode, T, device), flush=True)
+    print("| script | size | stage | mode | updates/s | ms | warm-up s | peak MiB | GFLOP | GFLOP/s | share | ms |")
+    print("|---" * 12 + "|")
+    for script in args.scripts:
+        for size in args.sizes:
+            for T in args.T if script == "dac" else args.T[:1]:
+                for stage, (update, acts) in parts(args, script, size, T, device).items():
+                    for mode in args.modes:
+                        if "graphed" not in mode or device.type == "cuda":
+                            row = measure(args, stage, update, acts, mode, device)
+                            print(f"| {script} | {size} | {row}", flush=True)
 
 
 if __name__ == "__main__":

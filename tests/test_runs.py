@@ -136,7 +136,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert [k for k in left if not torch.equal(left[k], right[k])] == []
     free = {"run_dir", "resume", "overwrite", "log_every", "data_path"}
     assert [k for k in x["args"] if k not in free and x["args"][k] != y["args"][k]] == []
-    clocks = {"train_seconds", "eval_seconds"}
+    clocks = {"seconds", "eval_seconds"}
     progress = [{k: v for k, v in content["progress"].items() if k not in clocks} for content in (x, y)]
     assert progress[0] == progress[1]
     assert (a / "eval.csv").read_text() == (b / "eval.csv").read_text()
@@ -719,6 +719,91 @@ def test_a_signal_during_an_evaluation(whole, tmp_path, monkeypatch, at):
     assert_same_run(folder, whole)
 
 
+# --- stages -----------------------------------------------------------------------------------------------
+class Clock:
+    """Stands still but for what an update (`seconds`) or a look at the policy (100) adds."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(dac.time, "perf_counter", lambda: self.now)
+
+    def update(self, seconds: float):
+        def update(i):
+            self.now += seconds
+            return {"losses/x": torch.tensor(float(i))}
+
+        return update
+
+    def act(self, s):
+        self.now += 100
+        return torch.zeros(len(s), 2)
+
+
+def staged(run_dir: Path, **settings) -> dac.Run:
+    tiny = dict(steps=6, log_every=2, eval_every=3, eval_episodes=2, final_episodes=2, save_every=2)
+    args = dac.resolve(dac.Args(env="bandit-two", run_dir=str(run_dir), **tiny | settings))
+    return dac.Run(args, {"x": torch.zeros(3)}, CPU)
+
+
+def test_stages_have_seconds_of_their_own(tmp_path, monkeypatch):
+    """Four updates of 1 s, six of 10 s, three evaluations of 100 s: the speed is of one stage, the result has all."""
+    clock = Clock(monkeypatch)
+    run = staged(tmp_path)
+    run.train("first", 4, clock.update(1))
+    assert run.steps_per_second() == 1
+    run.train("train", 6, clock.update(10), clock.act)
+    assert run.progress["seconds"] == {"first": 4, "train": 60} and run.progress["eval_seconds"] == 300
+    run.finish(0.0)
+    result = json.loads((run.folder / "result.json").read_text())
+    assert [result[k] for k in ("steps_per_second", "train_seconds", "eval_seconds")] == [0.1, 64, 300]
+
+
+def test_stages_without_a_policy_log_to_a_subfolder(tmp_path, monkeypatch):
+    """So that step 2 of one is not step 2 of the other."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    clock = Clock(monkeypatch)
+    run = staged(tmp_path)
+    run.train("first", 4, clock.update(1))
+    run.train("train", 6, clock.update(10), clock.act)
+    expected = {"first": [2, 4], ".": [2, 4, 6]}
+    for where, steps in expected.items():
+        events = EventAccumulator(str(run.folder / where))
+        events.Reload()
+        assert [(e.step, e.value) for e in events.Scalars("losses/x")] == [(i, i - 1) for i in steps]
+        assert ("eval/return" in events.Tags()["scalars"]) == (where == ".")
+    assert sorted(p.parent for p in run.folder.rglob("events*")) == [run.folder, run.folder / "first"]
+
+
+def test_a_new_stage_has_rows_of_its_own(tmp_path, monkeypatch):
+    """Step 3 of an earlier stage is no evaluation of this one."""
+    run = staged(tmp_path)
+    update = Clock(monkeypatch).update(1)
+    run.train("first", 6, update, lambda s: torch.zeros(len(s), 2))
+    first = (run.folder / "eval.csv").read_text()
+    run.train("train", 4, update, lambda s: torch.ones(len(s), 2))
+    rows = read_csv(run.folder / "eval.csv")
+    assert [r["step"] for r in rows] == ["0", "0", "3", "3", "4", "4"]
+    assert {r["return"] for r in rows} == {str(round(-math.hypot(0.6, 1.4), 4))}
+    assert "-0.5657" in first and (run.progress["stage"], run.progress["step"]) == ("train", 4)
+
+
+def test_stages_that_are_done_are_not_run_again(tmp_path, monkeypatch):
+    """Resumed between two stages, with rows that the second had written before its first checkpoint."""
+    clock = Clock(monkeypatch)
+    run = staged(tmp_path)
+    run.train("first", 4, clock.update(1))
+    run.rows = [{"step": 0, "episode": 0, "return": -7, "length": 1, "normalized_score": -7}]
+    run.write_evaluations()
+    run = staged(tmp_path, resume=True)
+    assert run.progress["done"] == ["first"] and run.progress["seconds"] == {"first": 4}
+    run.train("first", 4, lambda i: pytest.fail("trained again"))
+    run.train("train", 6, clock.update(10), clock.act)
+    assert run.progress["seconds"] == {"first": 4, "train": 60} and run.progress["done"] == ["first", "train"]
+    rows = read_csv(run.folder / "eval.csv")
+    assert [r["step"] for r in rows] == ["0", "0", "3", "3", "6", "6"] and "-7" not in {r["return"] for r in rows}
+
+
 # --- re-evaluation ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("env", ["pendulum-demo", "bandit-two"])
 def test_eval_only(request, tmp_path, env):
@@ -1172,7 +1257,9 @@ def check_command(words: list[str]) -> None:
 
 
 def test_every_documented_command_parses():
-    for page, words in documented():
+    found = documented()
+    assert {"dac.py", "diffusion_dice.py"} <= {words[1] for _, words in found}
+    for page, words in found:
         try:
             check_command(words)
         except (AssertionError, common.UserError) as error:
@@ -1180,11 +1267,13 @@ def test_every_documented_command_parses():
 
 
 @pytest.mark.parametrize(
-    "line", ["--sed 0", "--steps many", "--eta -1", "--env hopper-medium", "--seed $seed"]
-)
+    "line",
+    ["dac.py --sed 0", "dac.py --steps many", "dac.py --eta -1", "dac.py --env hopper-medium", "dac.py --seed $seed",
+     "diffusion_dice.py --eta 1", "diffusion_dice.py --alpha 0", "diffusion_dice.py --env hopper-medium"],
+)  # fmt: skip
 def test_a_wrong_documented_command_is_found(line, capsys):
     with pytest.raises((AssertionError, common.UserError)):
-        check_command(["python", "dac.py", *line.split()])
+        check_command(["python", *line.split()])
 
 
 def help_texts() -> dict[str, str]:

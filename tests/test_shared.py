@@ -55,14 +55,22 @@ def test_every_relative_link_of_a_page_leads_somewhere(page):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-def test_the_map_of_equations_names_functions_that_exist():
-    page = (ROOT / "docs" / "dac.md").read_text()
+MAPPED = {
+    "dac": "actor_loss critic_target dual_step sample vp_schedule",
+    "diffusion_dice": "ratio value_loss igl_loss sample dpm_solver VPSDE",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_map_of_equations_names_functions_that_exist(script):
+    page = (ROOT / "docs" / f"{script}.md").read_text()
     rows = re.findall(r"^\| .* \| (`\w+`(?:, `\w+`)*)(?: in `common.py`)? \|$", page, re.M)
     names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert {"actor_loss", "critic_target", "dual_step", "sample", "vp_schedule"} <= names
+    assert set(MAPPED[script].split()) <= names
     common = (ROOT / "common.py").read_text()
     for name in names:
-        assert name in pieces("dac") or f"def {name}(" in common, f"docs/dac.md maps an equation to {name}"
+        where = name in pieces(script) or re.search(rf"^(def|class) {name}\b", common, re.M)
+        assert where, f"docs/{script}.md maps an equation to {name}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
