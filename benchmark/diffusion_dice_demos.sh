@@ -16,3 +16,9 @@ for seed in 0 1 2; do
     python diffusion_dice.py --run-dir "$runs/diffusion_dice" --seed $seed --eval-only --kappa $kappa --K $K
   done
 done
+for seed in 0 1 2; do
+  for setting in "0 1" "0 2" "1 1"; do
+    read -r kappa K <<<"$setting"
+    python diffusion_dice.py --env hopper-demo --run-dir "$runs/diffusion_dice" --seed $seed --eval-only --kappa $kappa --K $K --final-episodes 50
+  done
+done
