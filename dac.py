@@ -703,7 +703,7 @@ class Run:
             progress["seconds"][stage], self.rows = 0.0, []
         start = progress["step"]
         where = self.folder if act else self.folder / stage
-        self.writer = SummaryWriter(str(where), purge_step=start + 1 if start else None)
+        self.writer = SummaryWriter(str(where), purge_step=start + 1 if start else 0)
         handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=steps, initial=start, desc=stage, unit="step", disable=None)
         try:
@@ -941,6 +941,8 @@ def main(args: Args) -> None:
     average = f"average return {returns.mean():.1f}"
     average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
     print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
+    if args.env not in PRESETS:
+        print(f"note: no preset for {args.env}: general settings of the paper, see below")
     print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
 
     update, update_ema = (accelerate(fn, args, device) for fn in make_update(args, agent, data, sched))
@@ -980,7 +982,7 @@ def reevaluate(args: Args) -> None:
     trained = Args(**(content["args"] | {"hidden": tuple(content["args"]["hidden"])}))
     given = {k: getattr(args, k) for k in (*SAMPLING, "final_episodes", "eval_env")}
     given = {k: v for k, v in given.items() if v is not None}
-    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph="auto"))
+    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph=args.graph))
     device = pick_device(args)
     sizes = [v.shape for v in content["state"]["actor"].values()]
     S_A, A = content["state"]["critics"]["weights.0"].shape[1], sizes[-1][0]

@@ -97,7 +97,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the update; auto: on CUDA, if a C++ compiler is found"""
     graph: Literal["auto", "on", "off"] = "auto"
-    """record the update once as a CUDA graph and replay it; auto: on CUDA"""
+    """record the update (and the sampler) once as a CUDA graph and replay it; auto: on CUDA"""
 
     # --- the method; None takes the preset of --env, whose default is the released code's value ---
     steps: int | None = None
@@ -167,7 +167,7 @@ PAPER = dict(
     steps=1_000_000, behavior_steps=600_000, behavior_batch_size=4096, behavior_lr=1e-4,
     behavior_hidden=(512, 256, 128), batch_size=512, hidden=(256, 256), guidance_hidden=(256, 256, 256, 256),
     guidance_activation="silu", time_scale=30.0, alpha=0.5, M=16, kappa=4.0, K=8, nfe=15, H=10, temperature=0.0,
-    polyak=0.005, lr=3e-4, lr_end=1.0, reward_scale="windows", reward_shift=0.0, log_every=1000, eval_every=40_000,
+    polyak=0.005, lr=3e-4, lr_end=1.0, reward_scale="range", reward_shift=0.0, log_every=1000, eval_every=40_000,
     eval_episodes=10, final_episodes=100, save_every=50_000,
 )  # [D7] alpha is the released default, K = 8 ours
 _ANTMAZE = dict(
@@ -178,10 +178,8 @@ _TOY = dict(  # ours
     alpha=0.2, M=2, kappa=1.0, K=1, H=2, lr=2e-3, lr_end=0.0, reward_scale="none", log_every=200, eval_every=4000,
     eval_episodes=1000, final_episodes=2000, save_every=4000)
 PRESETS = {  # what differs from PAPER: docs/diffusion_dice.md says where each value comes from
-    "hopper-medium-v2": dict(), "hopper-medium-replay-v2": dict(), "hopper-medium-expert-v2": dict(kappa=2.0),
-    "halfcheetah-medium-v2": dict(), "halfcheetah-medium-replay-v2": dict(),
-    "halfcheetah-medium-expert-v2": dict(kappa=2.0),
-    "walker2d-medium-v2": dict(), "walker2d-medium-replay-v2": dict(), "walker2d-medium-expert-v2": dict(kappa=2.0),
+    **{f"{task}-{kind}-v2": dict(reward_scale="windows", kappa=2.0 if kind == "medium-expert" else 4.0)
+       for task in ("hopper", "halfcheetah", "walker2d") for kind in ("medium", "medium-replay", "medium-expert")},
     "antmaze-umaze-v2": _ANTMAZE | dict(kappa=1.0), "antmaze-umaze-diverse-v2": _ANTMAZE | dict(kappa=1.0, K=1),
     "antmaze-medium-play-v2": _ANTMAZE | dict(kappa=2.0), "antmaze-medium-diverse-v2": _ANTMAZE | dict(kappa=2.0),
     "antmaze-large-play-v2": _ANTMAZE, "antmaze-large-diverse-v2": _ANTMAZE,
@@ -216,6 +214,8 @@ def resolve(args: Args) -> Args:
     for k in ("hidden", "guidance_hidden", "behavior_hidden"):
         widths = getattr(args, k)
         rules.append((k, "one or more positive widths", len(widths) > 0 and min(widths) > 0))
+    if args.guidance == "cep":
+        rules.append(("M", ">= 2 with --guidance cep, which compares actions", args.M >= 2))
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
     for name, want, ok in rules:  # NaN fails every comparison
@@ -357,7 +357,7 @@ def conjugate(y: Tensor, f: str) -> Tensor:
 
 def ratio(q: Tensor, v: Tensor, alpha: float, f: str) -> Tensor:
     """Eq. (4):  w = max(0, (f')^{-1}(x)), x = (Q - V) / alpha.  Eq. (7):  x/2 + 1 for x >= 0, e^x below: never 0.
-    Bounded to [1e-30, 100] as released."""
+    Bounded above by 100, as released, and below by 1e-30 (released: 1e-40, subnormal in float32)."""
     x = (q - v) / alpha
     linear, exponential = x / 2 + 1, x.clamp(max=10).exp()  # e^10 is beyond the bound of 100
     w = {"piecewise": torch.where(x >= 0, linear, exponential), "reverse-kl": exponential, "pearson": linear}[f]
@@ -406,7 +406,7 @@ def dpm_solver(x_0, x: Tensor, sde: VPSDE, nfe: int) -> Tensor:
     as midpoint.  No clipping, no last denoising step."""
     grid = torch.linspace(1, 1e-3, nfe + 1, dtype=torch.float64)
     alpha, sigma, lam = (fn(grid).tolist() for fn in (sde.alpha, sde.sigma, sde.lam))
-    time = grid.to(x.device, x.dtype)[:, None]  # (nfe + 1, 1)
+    time = torch.linspace(1, 1e-3, nfe + 1, dtype=torch.float64, device=x.device).to(x.dtype)[:, None]  # (nfe + 1, 1)
     i = 0
     for order in orders(nfe):
         j = i + order  # from grid point i to j
@@ -448,14 +448,19 @@ def select(q: Tensor, temperature: float) -> Tensor:
 
 def make_act(args: Args, agent: Agent, A: int):
     """act(s): K guided candidates, of which the ensemble mean (else the first target Q) selects.  (E, S) -> (E, A)"""
-    guidance = None if args.guidance == "none" else agent.guidance
+    guidance, samplers = None if args.guidance == "none" else agent.guidance, {}
+
+    def sampler(s: Tensor, x: Tensor) -> Tensor:
+        return sample(agent.score, guidance, s, x, args.kappa, args.nfe)
 
     @torch.no_grad()
     def act(s: Tensor) -> Tensor:
         s_k = s.repeat_interleave(args.K, 0)  # (E K, S)
-        a = sample(agent.score, guidance, s_k, torch.randn(len(s_k), A, device=s.device), args.kappa, args.nfe)
+        if len(s_k) not in samplers:  # one recording per number of rows
+            samplers[len(s_k)] = accelerate(sampler, replace(args, compile="off"), s.device)
+        a = samplers[len(s_k)](s_k, torch.randn(len(s_k), A, device=s.device))
         if args.K == 1:
-            return a
+            return a.clone()
         k = select(agent.judge(s_k, a).view(len(s), args.K), args.temperature)  # (E,)
         return a.view(len(s), args.K, A)[torch.arange(len(s), device=s.device), k]
 
@@ -843,7 +848,7 @@ class Run:
             progress["seconds"][stage], self.rows = 0.0, []
         start = progress["step"]
         where = self.folder if act else self.folder / stage
-        self.writer = SummaryWriter(str(where), purge_step=start + 1 if start else None)
+        self.writer = SummaryWriter(str(where), purge_step=start + 1 if start else 0)
         handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=steps, initial=start, desc=stage, unit="step", disable=None)
         try:
@@ -1065,7 +1070,8 @@ def window_scale(r: Tensor, terminal: Tensor, length: int = 1000) -> float:
     for reward, end in zip(r.tolist(), terminal.tolist()):
         total, n = total + reward, n + 1
         if end or n == length:
-            returns, total, n = [*returns, total], 0.0, 0
+            returns.append(total)
+            total, n = 0.0, 0
     if len(set(returns)) < 2:
         raise UserError("--reward-scale windows: the data has no two returns that differ; give --reward-scale none")
     return 1000 / (max(returns) - min(returns))
@@ -1134,6 +1140,8 @@ def main(args: Args) -> None:
     average = f"average return {returns.mean():.1f}"
     average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
     print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
+    if args.env not in PRESETS:
+        print(f"note: no preset for {args.env}: general settings of the paper, see below")
     print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
 
     update_behavior = accelerate(make_behavior_update(args, agent, data), args, device)
@@ -1158,7 +1166,10 @@ def toy_figure(args: Args, agent: Agent, data, folder: Path, act, scaled) -> Non
     exact, floor = exact_samples(args, scaled, len(s), 1), exact_samples(args, scaled, len(s), 2)
     distance, least = common.energy_distance(guide(s).cpu(), exact), common.energy_distance(floor, exact)
     note = f"distance to exact: {distance:.4f} at kappa 1, K 1"
-    print(f"energy {note}; between two exact sample sets {least:.4f}")
+    if args.guidance == "igl":  # cep aims at another target, none has no g
+        print(f"energy {note}; between two exact sample sets {least:.4f}")
+    else:
+        note = ""
     judge = lambda a: agent.judge(s[:1].expand(len(a), -1), a)  # noqa: E731
     plot_toy(folder / "samples.png", args.env, data, judge, act(s[:2000]), note)
 
@@ -1179,7 +1190,7 @@ def reevaluate(args: Args) -> None:
     trained = Args(**(content["args"] | widths))
     given = {k: getattr(args, k) for k in (*SAMPLING, "final_episodes", "eval_env")}
     given = {k: v for k, v in given.items() if v is not None}
-    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph="auto"))
+    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph=args.graph))
     device = pick_device(args)
     S, A = content["state"]["score"]["state.weight"].shape[1], content["state"]["score"]["out.weight"].shape[0]
     check_task(task_sizes(args), S, A)

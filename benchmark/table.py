@@ -83,7 +83,7 @@ def reevaluations() -> str:
         env, method, label, _ = path.name.split("__")
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                shown = [f"{k} {row[k]}" for k in ("N_a", "kappa", "K", "temperature") if k in row]
+                shown = [f"{k} {row[k]}" for k in ("N_a", "rho", "kappa", "K", "N", "temperature") if k in row]
                 settings = f"{', '.join(shown)}, {row['episodes']} episodes"
                 scores[env, name(method, label), settings][row["seed"]] = float(row["normalized_score"])
     lines = ["| dataset | run | sampling | last policy | per seed |", "|---" * 5 + "|"]
@@ -97,7 +97,7 @@ def reevaluations() -> str:
 def draw(runs, env: str) -> None:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for (task, method, label), curves in runs.items():
-        if task == env:
+        if task == env and not label.startswith("w="):  # weight formulas of SWG: the table alone
             steps = sorted(set.intersection(*(set(c) for c in curves)))
             y = np.array([[c[s] for s in steps] for c in curves])  # (seeds, evaluations)
             text = f"{name(method, label)} ({len(curves)} seeds)"

@@ -1,13 +1,13 @@
 """Updates per second: script x stage x {paper size, demo size} x {eager, compiled, graphed}, on the device at hand.
 
-    python benchmark/throughput.py [--scripts dac diffusion_dice] [--threads 1] [--sizes paper demo] [--device cuda]
+    python benchmark/throughput.py [--scripts dac diffusion_dice swg] [--threads 1] [--sizes paper demo] [--device cuda]
 
 Timed: whole updates (batch, targets, losses, optimisers, averages), data on the device, no logging, no evaluation;
 the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own. FLOPs: the
 formulas of torch.utils.flop_counter, matrix products only. share: seconds that plain torch.mm needs for the same
 products (same shapes, one after the other), over seconds of the update. act: one call for 10 episodes at once, as in
-evaluation; act K=32: one state with 32 candidates. Peak memory: CUDA allocator; on a CPU the largest resident size of
-the process so far.
+evaluation; act K=32: one state with 32 candidates; act 1: one state. Peak memory: CUDA allocator; on a CPU the largest
+resident size of the process so far.
 """
 
 import platform
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dac  # noqa: E402
 import diffusion_dice  # noqa: E402
+import swg  # noqa: E402
 from common import Dataset, vp_schedule  # noqa: E402
 
 Mode = Literal["eager", "compiled", "graphed", "compiled+graphed"]
@@ -37,7 +38,7 @@ SIZES = {"paper": ("halfcheetah-medium-v2", 17, 6), "demo": ("hopper-demo", 11, 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["dac", "diffusion_dice"], ...] = ("dac", "diffusion_dice")
+    scripts: tuple[Literal["dac", "diffusion_dice", "swg"], ...] = ("dac", "diffusion_dice", "swg")
     """methods to time"""
     sizes: tuple[Literal["paper", "demo", "pendulum"], ...] = ("paper", "demo")
     """which presets: paper = halfcheetah-medium-v2 (S 17, A 6), demo = hopper-demo, pendulum = pendulum-demo"""
@@ -116,6 +117,17 @@ def parts(args: Args, script: str, size: str, T: int, device: torch.device) -> d
         update, _ = dac.make_update(run, agent, data, vp_schedule(T).to(device))
         act = dac.make_act(run, agent.actor, agent.critics_target, A, vp_schedule(T).to(device))
         return {f"{args.guidance}, T={T}": (update, {"act": lambda: act(ten)})}
+    if script == "swg":
+        run = swg.resolve(swg.Args(env=env, steps=1_000_000, lr_decay_steps=3_000_000, layer_norm=True))
+        agent = swg.make_agent(run, S, A, device)
+        act = swg.make_act(run, agent, A, device)
+        plain = swg.make_act(replace(run, rho=0.0), agent, A, device)
+        acts = {"act": lambda: act(ten), "act 1": lambda: act(ten[:1]), "act 1, rho 0": lambda: plain(ten[:1])}
+        w = torch.rand(n, device=device)
+        return {
+            "critic": (swg.make_critic_update(run, agent, data), {}),
+            "train": (swg.make_update(run, agent, data, w), acts),
+        }
     run = diffusion_dice.resolve(diffusion_dice.Args(env=env, steps=1_000_000))
     agent = diffusion_dice.make_agent(run, S, A, device)
     no_guidance = diffusion_dice.make_update(replace(run, guidance="none"), agent, data)
@@ -133,6 +145,7 @@ def measure(args: Args, stage: str, update, acts: dict, mode: str, device: torch
     with Products() as products:
         update()
     plain = mm_seconds(products.shapes, device)
+    torch.compiler.reset()  # else code compiled for an earlier size counts towards dynamo's limit
     fn = torch.compile(update) if "compiled" in mode else update
     fn = dac.Graphed(fn) if "graphed" in mode else fn
     clock = time.perf_counter()

@@ -58,6 +58,7 @@ def test_every_relative_link_of_a_page_leads_somewhere(page):
 MAPPED = {
     "dac": "actor_loss critic_target dual_step sample vp_schedule",
     "diffusion_dice": "ratio value_loss igl_loss sample dpm_solver VPSDE",
+    "swg": "value_loss critic_loss weight joint_loss sample guide vp_schedule",
 }
 
 
