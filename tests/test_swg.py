@@ -395,7 +395,7 @@ def size(net):
 ])  # fmt: skip
 def test_the_joint_model_has_as_many_parameters_as_the_released_one(S, A, want):
     """Q: two heads of (S + A + 1) 256 + 257 * 256 + 257;  V: 2 S of LayerNorm + (S + 1) 256 + 257 * 256 + 257."""
-    agent = swg.make_agent(swg.resolve(swg.Args(env="walker2d-medium-v2")), S, A, CPU)
+    agent = swg.make_agent(swg.resolve(swg.Args(env="walker2d-medium-v2", layer_norm=True)), S, A, CPU)
     assert size(agent.net) == size(agent.net_ema) == want
     assert size(agent.q) == size(agent.q_target) == 2 * ((S + A + 1) * 256 + 257 * 256 + 257)
     assert size(agent.value) == 2 * S + (S + 1) * 256 + 257 * 256 + 257
