@@ -594,7 +594,7 @@ WRONG = {  # further arguments -> what the message says
     "--tau 0.8 --discount 0.9": "trained with --tau 0.7, here 0.8, --discount 0.99, here 0.9; give the same",
     "--env bandit-moons": r"is of swg \(format \d\) on pendulum-demo; expected .* on bandit-moons",
     "--env toy-8gaussians --N 1": "--pretrained shares a critic, and toy-8gaussians has none",
-    f"--eval-env Hopper-v5 --data-path {HOPPER} --layer-norm False": "other sizes; --pretrained takes a run of the same",
+    f"--eval-env Hopper-v5 --data-path {HOPPER} --layer-norm False": "other sizes; --pretrained takes a run of the",
     "unfinished": "its critic is not done; continue that run with --resume",
     "nowhere": r"no checkpoint \S+nowhere/last\.pt",
 }
