@@ -97,7 +97,7 @@ def reevaluations() -> str:
 def draw(runs, env: str) -> None:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for (task, method, label), curves in runs.items():
-        if task == env and not label.startswith("w="):  # weight formulas of SWG: the table alone
+        if task == env and not label.startswith(("w=", "a=")):  # ablations: the table alone
             steps = sorted(set.intersection(*(set(c) for c in curves)))
             y = np.array([[c[s] for s in steps] for c in curves])  # (seeds, evaluations)
             text = f"{name(method, label)} ({len(curves)} seeds)"

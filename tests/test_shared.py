@@ -59,6 +59,7 @@ MAPPED = {
     "dac": "actor_loss critic_target dual_step sample vp_schedule",
     "diffusion_dice": "ratio value_loss igl_loss sample dpm_solver VPSDE",
     "swg": "value_loss critic_loss weight joint_loss sample guide vp_schedule",
+    "dydiff": "edm_loss denoise edm_sample autoregress correct keep ensemble_loss edm_sigmas",
 }
 
 
