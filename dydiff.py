@@ -1663,6 +1663,8 @@ def main(args: Args) -> None:
     average = f"average return {returns.mean():.1f}"
     average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
     print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
+    if args.env not in PRESETS:
+        print(f"note: no preset for {args.env}: general settings of the paper, see below")
     print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
 
     if args.augment == "synther":
@@ -1723,6 +1725,9 @@ def prepare(args: Args, frames: Frames, raw, rows: Tensor, device: torch.device,
     inside = np.ones(len(raw.s), bool)
     for k in out:
         inside[pieces[k][0] : sum(pieces[k])] = False
+    going_on = int((keep & inside & ~raw.terminal).sum())
+    if going_on < 20:
+        raise UserError(f"{going_on} transitions do not end an episode; expected 20 or more to learn dynamics from")
     return train, held, rows[torch.from_numpy(inside[keep]).to(device)]
 
 
