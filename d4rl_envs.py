@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -259,7 +260,8 @@ IDS = []
 
 
 def register(name: str, entry_point, horizon: int, **kwargs) -> None:
-    gym.register(name, entry_point, max_episode_steps=horizon, kwargs=kwargs)
+    # partial: up to gymnasium 1.3 make() reads the metadata of a class, and those of a wrapper class are a property
+    gym.register(name, partial(entry_point), max_episode_steps=horizon, kwargs=kwargs)
     IDS.append(name)
 
 
