@@ -14,8 +14,10 @@ Letters as in dydiff.py: B batch, S state, A action, D = S + A, H rows, E networ
 import itertools
 import math
 import shutil
+import sys
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +28,7 @@ from torch import nn, tensor
 import common
 import dydiff
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parent.parent
 PAPER = SimpleNamespace(**dydiff.PAPER, S_tmin=0.3699492132558657, S_tmax=52.241950650433864, S_noise=1.002)
 
 
@@ -1637,3 +1639,33 @@ def test_the_compiled_update_of_the_diffusion_model_is_the_eager_one():
     with config.patch({"fallback_random": True, "cpp.simdlen": 0}):  # 0: loops that g++ compiles faster
         compiled = run(lambda update: dydiff.accelerate(update, SimpleNamespace(compile="on", graph="off"), CPU))
     close(compiled, eager, 1e-4)
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("env, steps, bound", [("pendulum-demo", 20, 1e-9), ("hopper-demo", 5, 1e-2)])
+def test_the_simulator_of_figure_3_repeats_what_was_recorded(env, steps, bound):
+    """Set to a recorded state and given the recorded actions, it returns the recorded states: to float32 on
+    Pendulum, nearly on Hopper, whose contact forces are not stored.  Other actions lead elsewhere."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    from dydiff_fig3 import simulate
+
+    raw = common.load_raw(env)
+    at = torch.tensor([first for first, T in dydiff.trajectories(raw.terminal, raw.timeout) if T > steps][:10])
+    at = at[:, None] + torch.arange(steps + 1)  # (10, steps + 1)
+    s, a = torch.from_numpy(raw.s)[at], torch.from_numpy(raw.a)[at]
+    task, std = common.make_env(env), torch.from_numpy(raw.s).std(0)
+    error = lambda a: float(((simulate(task, s[:, 0], a[:, :-1]) - s) / std).square().mean())  # noqa: E731
+    assert error(a) < bound
+    assert error(-a) > 10 * bound
+
+
+def test_the_simulator_of_figure_3_stops_where_the_episode_ends():
+    """A Hopper that only ever pushes with full force falls; nothing is reported after the fall."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    from dydiff_fig3 import simulate
+
+    raw = common.load_raw("hopper-demo")
+    s = simulate(common.make_env("hopper-demo"), torch.from_numpy(raw.s[:1]), torch.ones(1, 200, 3))[0]  # (201, S)
+    healthy = ~dydiff.terminated("hopper-demo", s)
+    end = int(s.isfinite().all(-1).sum())
+    assert 2 < end < 200 and healthy[: end - 1].all() and not healthy[end - 1] and s[end:].isnan().all()

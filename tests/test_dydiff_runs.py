@@ -591,7 +591,7 @@ def test_a_perfect_model_is_not_warned_of(capsys, monkeypatch):
 def test_a_useless_model_is_warned_of(capsys, monkeypatch):
     lines = judged(capsys, False, monkeypatch)
     assert lines[0] == "models on 64 training windows, squared error of states (data: 1):"
-    assert lines[5].startswith("warning: the diffusion model does not read its conditions: train longer")
+    assert lines[5].startswith("warning: the diffusion model ignores its conditions: train longer")
     for line, name in zip(lines[6:], ["ensemble", "diffusion", "mean of both"], strict=True):
         assert line == f"warning: after 7 steps the {name} is no better than the data's mean; its rollouts do harm"
     lines = judged(capsys, False, monkeypatch, "--augment", "single-step")
