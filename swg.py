@@ -87,6 +87,8 @@ class Args:
     """delete the run in that folder first"""
     eval_only: bool = False
     """train nothing: evaluate last.pt with the sampling settings given here, append a row to reeval.csv"""
+    video: bool = False
+    """also write an episode of the last policy to video/ (needs gymnasium[other] and what the task renders with)"""
     log_every: int | None = None
     """steps between two rows of losses (preset: 1000)"""
     eval_every: int | None = None
@@ -756,8 +758,8 @@ def save(path: Path, state: dict, progress: dict, args) -> None:
         raise UserError(f"{why}: make room, then --resume", code=1) from error
 
 
-def load(path: Path, env: str) -> dict:
-    """The content of a last.pt, if it is of this method and env."""
+def load(path: Path, env: str | None) -> dict:
+    """The content of a last.pt, if it is of this method and env (None: any)."""
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: train first, or check --env, --seed and --run-dir")
     try:
@@ -766,7 +768,7 @@ def load(path: Path, env: str) -> dict:
     except Exception as error:  # zipfile, pickle and torch each have their own for a damaged file
         why = f"{path} is damaged or not a checkpoint ({first_line(error)})"
         raise UserError(f"{why}; start anew with --overwrite") from error
-    expected = f"{METHOD} (format {FORMAT}) on {env}"
+    expected = f"{METHOD} (format {FORMAT}) on {env or content['args']['env']}"
     if is_of != expected:
         raise UserError(f"{path} is of {is_of}; expected {expected}: check --env and --run-dir")
     return content
@@ -797,7 +799,7 @@ class Run:
     changes, `progress` where it stands: stage, step of that stage, stages done, seconds of each."""
 
     # a resumed run may change these, nothing else
-    FREE = """device data_path data_url eval_env run_dir resume overwrite eval_only log_every save_every
+    FREE = """device data_path data_url eval_env run_dir resume overwrite eval_only video log_every save_every
               compile graph""".split()
 
     def __init__(self, args, state: dict, device: torch.device):
@@ -972,6 +974,24 @@ class Run:
         self.write("result.json", json.dumps(result | {"device": device_name(self.device)}, indent=2))
         plot_curve(self, data_average)
         print(summary(self.args, returns, step))
+
+
+def record(act, args, device: torch.device) -> None:
+    """--video: one episode of the policy, from the start of an evaluation's first, as mp4 in the folder video/."""
+    try:
+        env = make_env(args.env, args.eval_env, render_mode="rgb_array")
+        env = gym.wrappers.RecordVideo(env, str(run_folder(args) / "video"), name_prefix="last", disable_logger=True)
+        s, over = env.reset(seed=args.seed)[0], False
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(args.seed)
+            while not over:
+                a = act(torch.as_tensor(s[None], dtype=torch.float32, device=device))[0]  # (A,)
+                s, _, terminated, truncated, _ = env.step(a.clamp(-1, 1).cpu().numpy())
+                over = terminated or truncated
+        env.close()
+        print(f"video: {run_folder(args) / 'video'}")
+    except Exception as error:  # renderers, encoders and the toys, which have no environment, each have their own
+        print(f"no video: {first_line(error)}")
 
 
 def summary(args, returns: np.ndarray, step: int) -> str:
@@ -1163,6 +1183,8 @@ def main(args: Args) -> None:
         toy_figure(args, agent, data, run.folder, act, scaled)
     if args.env == "pendulum-demo":
         print("next: python swg.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
+    if args.video:
+        record(act, args, device)
     run.finish(float((returns if scores is None else scores).mean()))
 
 
@@ -1220,24 +1242,32 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def reevaluate(args: Args) -> None:
-    """--eval-only: the trained policy under the sampling settings given here; one row more in reeval.csv."""
-    content = load(run_folder(args) / "last.pt", args.env)
+def load_policy(folder: str | Path, device: str = "auto", env: str | None = None, **settings):
+    """The last policy of a run folder: act(s), observations (E, S) on the device -> actions (E, A); the arguments of
+    the run, with `settings` (those of --eval-only and more) in their place; the gradient step it stands at."""
+    content = load(Path(folder) / "last.pt", env)
     if content["progress"]["stage"] != "train":
-        raise UserError(f"{run_folder(args)} has no policy yet, its main stage has not begun: continue with --resume")
-    trained = Args(**(content["args"] | {"hidden": tuple(content["args"]["hidden"])}))
-    given = {k: getattr(args, k) for k in (*SAMPLING, "final_episodes", "eval_env")}
-    given = {k: v for k, v in given.items() if v is not None}
-    args = resolve(replace(trained, **given, run_dir=args.run_dir, device=args.device, graph=args.graph))
+        raise UserError(f"{folder} has no policy yet, its main stage has not begun: continue with --resume")
+    lists = {k: tuple(v) for k, v in content["args"].items() if isinstance(v, list)}
+    args = resolve(replace(Args(**(content["args"] | lists)), device=device, **settings))
     device = pick_device(args)
     S, A = task_sizes(args) if args.env in TOYS else trained_sizes(content["state"])
     check_task(task_sizes(args), S, A)
     agent = make_agent(args, S, A, device)
-    progress = restore(agent_state(agent), content)
+    restore(agent_state(agent), content)
+    return make_act(args, agent, A, device), args, content["progress"]["step"]
 
-    returns, lengths = evaluate(make_act(args, agent, A, device), args, device, args.final_episodes)
+
+def reevaluate(args: Args) -> None:
+    """--eval-only: the trained policy under the sampling settings given here; one row more in reeval.csv."""
+    given = {k: getattr(args, k) for k in (*SAMPLING, "final_episodes", "eval_env")}
+    given = {k: v for k, v in given.items() if v is not None}
+    given |= {k: getattr(args, k) for k in ("run_dir", "graph", "video")}
+    act, args, step = load_policy(run_folder(args), args.device, args.env, **given)
+    device = pick_device(args)
+    returns, lengths = evaluate(act, args, device, args.final_episodes)
     scores = normalized_score(args.env, returns)
-    row = {"env": args.env, "seed": args.seed, "step": progress["step"]}
+    row = {"env": args.env, "seed": args.seed, "step": step}
     row |= {k: getattr(args, k) for k in (*SAMPLING, "eval_env")} | {"episodes": len(returns)}
     row |= {"return": returns.mean(), "return_std": returns.std(), "length": lengths.mean()}
     row |= {"normalized_score": "" if scores is None else scores.mean()}
@@ -1249,7 +1279,9 @@ def reevaluate(args: Args) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
-    print(summary(args, returns, progress["step"]))
+    if args.video:
+        record(act, args, device)
+    print(summary(args, returns, step))
 
 
 def trained_sizes(state: dict) -> tuple[int, int]:

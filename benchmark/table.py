@@ -1,14 +1,17 @@
 """Tables and curves from committed evaluations.
 
-    python benchmark/table.py                     prints the table of benchmark/results/*.csv, draws the demos' curves
+    python benchmark/table.py                     prints all of benchmark/results/*.csv, draws the demos' curves
     python benchmark/table.py --collect RUN_DIR   first copies RUN_DIR/<label>/<env>/<method>/seed<k>/eval.csv there
+    python benchmark/table.py --write             also puts the methods' tables into README.md (tested: they are those)
 
-A file is named <env>__<method>__<label>__seed<k>.csv. The table: mean and standard deviation over seeds of the final
-evaluation of the last policy (mean over its episodes); the best evaluation has a column of its own. A second table has
-what --eval-only wrote to reeval.csv: the same last policies under other sampling settings.
+A file is named <env>__<method>__<label>__seed<k>.csv; a label <data>@<label> is of a run on other data, by --data-path.
+Every number: mean and standard deviation over seeds of the final evaluation of the last policy (mean over its
+episodes); the best evaluation has a column of its own. reeval.csv, of --eval-only: the same last policies under other
+sampling settings.
 """
 
 import csv
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -31,6 +34,33 @@ DEMOS = ("pendulum-demo", "hopper-demo")
 class Args:
     collect: str | None = None
     """folder of runs, one subfolder per label, to copy evaluations from"""
+    write: bool = False
+    """put the tables between the marks of README.md"""
+
+
+README = ROOT / "README.md"
+ROWS = {  # of README's table of a method: (text, label, sampling settings if not the run's)
+    "dac": [("cloning (`--guidance none --N-a 1`)", "cloning", {}), ("**DAC**, the preset", "dac", {})],
+    "diffusion_dice": [
+        ("cloning (`--kappa 0 --K 1`)", "diffusion_dice", dict(kappa=0, K=1)),
+        ("select-only (`--kappa 0 --K 4`)", "diffusion_dice", dict(kappa=0, K=4)),
+        ("guide-only (`--kappa 2 --K 1`)", "diffusion_dice", dict(kappa=2, K=1)),
+        ("**guide, then select**, the preset", "diffusion_dice", {}),
+    ],
+    "swg": [
+        ("cloning (`--rho 0 --kappa 1`)", "swg", dict(rho=0, kappa=1, N=1)),
+        ("cloning at temperature 0 (`--rho 0 --kappa 0`)", "swg", dict(rho=0, kappa=0, N=1)),
+        ("16 candidates without guidance (`--rho 0 --kappa 1 --N 16`)", "swg", dict(rho=0, kappa=1, N=16)),
+        ("SWG-R (`--rho 10 --kappa 1 --N 16`)", "swg", dict(rho=10, kappa=1, N=16)),
+        ("**SWG**, the preset", "swg", {}),
+    ],
+    "dydiff": [
+        ("TD3+BC alone (`--augment none`)", "a=none", {}),
+        ("+ SynthER (`--augment synther`)", "a=synther", {}),
+        ("+ rollouts of the ensemble (`--augment single-step`)", "a=single-step", {}),
+        ("**+ DyDiff**, the preset", "dydiff", {}),
+    ],
+}
 
 
 def collect(runs: Path) -> None:
@@ -58,11 +88,20 @@ def load() -> dict[tuple[str, str, str], list[dict[int, float]]]:
     return runs
 
 
+STAND_INS = {  # averages of data that is not in the repository (docs/data.md)
+    "hopper-medium-sac": 42.6, "hopper-medium-replay-sac": 13.3, "hopper-expert-sac": 90.7,
+    "hopper-medium-expert-sac": 49.3, "door-human-dapg": 28.6, "door-human-expert-dapg": 87.0,
+}  # fmt: skip
+
+
 def data_average(env: str) -> float:
+    if env in STAND_INS:
+        return STAND_INS[env]
     return float(normalized_score(env, load_dataset(env).returns().numpy()).mean())
 
 
 def name(method: str, label: str) -> str:
+    label = label.rpartition("@")[2]
     return method if label == method else label if label == "cloning" else f"{method}, {label}"
 
 
@@ -70,6 +109,7 @@ def table(runs) -> str:
     lines = ["| dataset | average of the data | run | last policy | best evaluation | per seed | steps |"]
     lines += ["|---" * 7 + "|"]
     for (env, method, label), curves in runs.items():
+        env = label.partition("@")[0] if "@" in label else env
         last, best = [c[max(c)] for c in curves], [max(c.values()) for c in curves]
         mean, values = f"{np.mean(last):.1f} ± {np.std(last):.1f}", " ".join(f"{x:.1f}" for x in last)
         start = f"| {env} | {data_average(env):.1f} | {name(method, label)} | {mean} | "
@@ -94,10 +134,53 @@ def reevaluations() -> str:
     return "\n".join(lines)
 
 
+def last_scores(env: str, method: str, label: str, settings: dict) -> dict[int, float]:
+    """Seed -> score of the last policy: of the run, or of the newest --eval-only with these settings."""
+    found = {}
+    for path in sorted(RESULTS.glob(f"{env}__{method}__{label}__seed?{'.reeval' if settings else ''}.csv")):
+        seed = int(re.search(r"seed(\d+)", path.name)[1])
+        if not settings:
+            scores = curve(path)
+            found[seed] = scores[max(scores)]
+            continue
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if all(float(row[k]) == v for k, v in settings.items()):
+                    found[seed] = float(row["normalized_score"])
+    return found
+
+
+def readme_table(method: str) -> str:
+    """Every dataset that the method was run on here."""
+    names = [path.name.split("__") for path in sorted(RESULTS.glob(f"*__{method}__*__seed?.csv"))]
+    data = {(label.partition("@")[0] if "@" in label else env, env) for env, _, label, _ in names}
+    lines = ["| dataset | run | last policy | per seed |", "|---|---|---|---|"]
+    for name, env in sorted(data, key=lambda x: (x[0] not in DEMOS[:1], x[0] not in DEMOS, x)):
+        rows = [f"| {name} | average of the data | {data_average(name):.1f} | |"]
+        for text, label, settings in ROWS[method]:
+            scores = last_scores(env, method, label if name == env else f"{name}@{label}", settings)
+            if scores:
+                x = [scores[k] for k in sorted(scores)]
+                spread = f"{np.mean(x):.1f} ± {np.std(x):.1f}" if len(x) > 1 else f"{x[0]:.1f} (one seed)"
+                rows.append(f"| | {text} | {spread} | {' '.join(f'{v:.1f}' for v in x)} |")
+        lines += rows
+    return "\n".join(lines)
+
+
+def with_tables(text: str) -> str:
+    """README.md, its tables made anew."""
+    for method in ROWS:
+        start, end = f"<!-- results: {method} -->\n", "<!-- end of results -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{readme_table(method)}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
 def draw(runs, env: str) -> None:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for (task, method, label), curves in runs.items():
-        if task == env and not label.startswith(("w=", "a=")):  # ablations: the table alone
+        ablation = label.startswith(("w=", "a=", "b=cql", "b=diffql")) or "@" in label  # the table alone
+        if task == env and not ablation:
             steps = sorted(set.intersection(*(set(c) for c in curves)))
             y = np.array([[c[s] for s in steps] for c in curves])  # (seeds, evaluations)
             text = f"{name(method, label)} ({len(curves)} seeds)"
@@ -118,3 +201,5 @@ if __name__ == "__main__":
     print(table(runs), reevaluations(), sep="\n\n")
     for env in DEMOS:
         draw(runs, env)
+    if args.write:
+        README.write_text(with_tables(README.read_text()))

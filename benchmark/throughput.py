@@ -1,15 +1,17 @@
 """Updates per second: script x stage x {paper size, demo size} x {eager, compiled, graphed}, on the device at hand.
 
-    python benchmark/throughput.py [--scripts dac diffusion_dice swg] [--threads 1] [--sizes paper demo] [--device cuda]
+    python benchmark/throughput.py [--scripts dac diffusion_dice dydiff swg] [--threads 1] [--sizes paper demo]
 
 Timed: whole updates (batch, targets, losses, optimisers, averages), data on the device, no logging, no evaluation;
 the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own. FLOPs: the
 formulas of torch.utils.flop_counter, matrix products only. share: seconds that plain torch.mm needs for the same
-products (same shapes, one after the other), over seconds of the update. act: one call for 10 episodes at once, as in
+products (same shapes, one after the other; a convolution is the product that it unfolds to), over seconds of the
+update. act: one call for 10 episodes at once, as in
 evaluation; act K=32: one state with 32 candidates; act 1: one state. Peak memory: CUDA allocator; on a CPU the largest
 resident size of the process so far.
 """
 
+import itertools
 import platform
 import resource
 import statistics
@@ -29,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dac  # noqa: E402
 import diffusion_dice  # noqa: E402
+import dydiff  # noqa: E402
 import swg  # noqa: E402
 from common import Dataset, vp_schedule  # noqa: E402
 
@@ -38,7 +41,7 @@ SIZES = {"paper": ("halfcheetah-medium-v2", 17, 6), "demo": ("hopper-demo", 11, 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["dac", "diffusion_dice", "swg"], ...] = ("dac", "diffusion_dice", "swg")
+    scripts: tuple[Literal["dac", "diffusion_dice", "dydiff", "swg"], ...] = ("dac", "diffusion_dice", "dydiff", "swg")
     """methods to time"""
     sizes: tuple[Literal["paper", "demo", "pendulum"], ...] = ("paper", "demo")
     """which presets: paper = halfcheetah-medium-v2 (S 17, A 6), demo = hopper-demo, pendulum = pendulum-demo"""
@@ -70,6 +73,18 @@ class Products(TorchDispatchMode):
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             x, y = args[-2:]
             self.shapes[(*(x.shape[:-2] or (1,)), x.shape[-2], x.shape[-1], y.shape[-1])] += 1
+        if name.startswith("convolution"):
+            backward = name == "convolution_backward"
+            x, weight = args[1:3] if backward else args[:2]
+            grad, transposed = (args[0], args[7]) if backward else (None, args[6])
+            i, o, k = weight.shape[0 if transposed else 1], weight.shape[1 if transposed else 0], weight.shape[2]
+            if transposed:  # unfolded: (B H, i) (i, o k)
+                n, m, r = len(x) * x.shape[2], i, o * k
+            else:  # (B H_out, i k) (i k, o)
+                out_length = grad.shape[2] if backward else (x.shape[2] + 2 * args[4][0] - k) // args[3][0] + 1
+                n, m, r = len(x) * out_length, i * k, o
+            for shape in ((n, r, m), (m, n, r)) if backward else ((n, m, r),):
+                self.shapes[(1, *shape)] += 1
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
@@ -117,6 +132,8 @@ def parts(args: Args, script: str, size: str, T: int, device: torch.device) -> d
         update, _ = dac.make_update(run, agent, data, vp_schedule(T).to(device))
         act = dac.make_act(run, agent.actor, agent.critics_target, A, vp_schedule(T).to(device))
         return {f"{args.guidance}, T={T}": (update, {"act": lambda: act(ten)})}
+    if script == "dydiff":
+        return dydiff_parts(env, data, ten, device)
     if script == "swg":
         run = swg.resolve(swg.Args(env=env, steps=1_000_000, lr_decay_steps=3_000_000, layer_norm=True))
         agent = swg.make_agent(run, S, A, device)
@@ -139,6 +156,46 @@ def parts(args: Args, script: str, size: str, T: int, device: torch.device) -> d
         "main without guidance": (no_guidance, {}),
         "main": (diffusion_dice.make_update(run, agent, data), acts),
     }
+
+
+class Captured:
+    """Stands in for a Run: keeps a stage's update instead of calling it."""
+
+    def train(self, name: str, steps: int, update) -> None:
+        setattr(self, name, update)
+
+
+def dydiff_parts(env: str, data: Dataset, ten: torch.Tensor, device: torch.device) -> dict:
+    S, A = data.s.shape[1], data.a.shape[1]
+    rows = torch.cat([data.s, data.a, data.r[:, None], data.s_next, data.terminal[:, None]], -1)
+    pieces = [(k, 1000) for k in range(0, len(rows), 1000)]
+    out = dydiff_models(env, rows, dydiff.make_windows(rows[:, : S + A], pieces, 100).to(device), S, A, device)
+    for base in ("td3bc", "cql", "diffql"):
+        run = dydiff.resolve(dydiff.Args(env=env, base=base, augment="dydiff"))
+        agent = dydiff.make_agent(run, S, A, device)
+        agent.filled.fill_(len(agent.ring))
+        update, act, count = dydiff.make_update(run, agent, rows, S, A), dydiff.make_act(run, agent), itertools.count()
+        step = lambda update=update, count=count: update(next(count))  # td3bc: every second one has the actor  # noqa: E731
+        out[base] = step, {"act": lambda act=act: act(ten)}
+    return out
+
+
+def dydiff_models(env: str, rows: torch.Tensor, windows: dydiff.Windows, S: int, A: int, device: torch.device) -> dict:
+    run, captured = dydiff.resolve(dydiff.Args(env=env, base="td3bc", augment="dydiff")), Captured()
+    windows = replace(windows, H=run.H, length=windows.length.clamp(max=run.H))
+    agent = dydiff.make_agent(run, S, A, device)
+    draw = lambda: windows[torch.randint(len(windows), (run.model_batch_size,), device=device)]  # noqa: E731
+    x, sigma = torch.randn(64, run.H, S + A, device=device), torch.ones(64, device=device)
+    dydiff.train_regressions(run, agent, captured, rows, S, A, known_successors=True)
+    out = {
+        "diffusion": (dydiff.make_model_update(run, agent, draw, None, S), {}),
+        "U-net, 64 windows": (torch.no_grad()(lambda: agent.unet_ema(x, sigma)), {}),
+        "dynamics": (lambda: captured.dynamics(0), {}),
+        "reward": (lambda: captured.reward(0), {}),
+    }
+    if run.b * run.M * run.N < 10_000 or device.type == "cuda":  # at paper size an hour on a CPU
+        out["rollout"] = dydiff.Roller(run, agent, agent.frames, rows[:, :S]), {}
+    return out
 
 
 def measure(args: Args, stage: str, update, acts: dict, mode: str, device: torch.device) -> str:

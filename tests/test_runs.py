@@ -1310,6 +1310,7 @@ def test_shared_options_come_first_and_in_order():
         "data_url",
         "eval_env",
         "eval_only",
+        "video",
         "pretrained",
     }
 

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs on data that is not in the repository: Hopper sets of one SAC run, door demonstrations (docs/data.md says what they are).
+#   benchmark/stand_ins.sh DATA_DIR RUN_DIR [METHOD ...]       JOBS=2: two at a time
+# Reduced sizes, for a CPU. Then: python benchmark/table.py --collect RUN_DIR --write
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=$1 runs=$2
+shift 2
+methods=${*:-td3bc swg dac diffusion_dice}
+small_dac="--hidden 128 128 --batch-size 128 --N 1 --N-a 2 --eta 0.1 --b 0.1"
+small_swg="--hidden 128 128 --width 128 --batch-size 256 --critic-lr 1e-3 --polyak 0.02 --lr 1e-3 --lr-decay-steps 0 --ema 0.005 --rho 1 --reward-scale range"
+often="--eval-every 10000 --save-every 5000 --final-episodes 100 --resume"
+run() { # method data env seed: one command line, at the size of the hopper-demo presets
+  local to="--env $3 --data-path $data/$2.hdf5 --seed $4 $often"
+  case $1 in
+    td3bc) echo "dydiff.py $to --augment none --steps 30000 --hidden 128 128 --policy-hidden 128 128 --alpha-bc 1 --run-dir $runs/$2@a=none" ;;
+    swg) echo "swg.py $to $small_swg --steps 20000 --critic-steps 20000 --run-dir $runs/$2@swg" ;;
+    dac) echo "dac.py $to $small_dac --steps 30000 --run-dir $runs/$2@dac" ;;
+    diffusion_dice) echo "diffusion_dice.py $to --run-dir $runs/$2@diffusion_dice" ;;
+  esac
+}
+{
+  for method in $methods; do
+    for seed in 0 1 2; do
+      for set in hopper-medium-sac hopper-medium-replay-sac hopper-expert-sac hopper-medium-expert-sac; do run "$method" $set hopper-demo $seed; done
+      case $method in swg | dac) for set in door-human-dapg door-human-expert-dapg; do run "$method" $set door-human-v0 $seed; done ;; esac
+    done
+  done
+} | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python
+for path in "$runs"/*@swg/*/swg/seed*; do # cloning by the same model
+  [ -e "$path/last.pt" ] || continue
+  env=$(basename "$(dirname "$(dirname "$path")")") seed=${path##*seed}
+  echo "--env $env --seed $seed --run-dir ${path%%/"$env"/*} --eval-only --rho 0 --kappa 1"
+done | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python swg.py
