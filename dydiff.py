@@ -29,7 +29,9 @@ Run:    python dydiff.py                          (pendulum, no download, minute
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import logging
 import math
@@ -1872,9 +1874,25 @@ def reevaluate(args: Args) -> None:
     print(summary(args, returns, step))
 
 
+def parse_args(kind):
+    """The command line, by tyro, whose framed messages become one line."""
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(text):
+            return tyro.cli(kind, description=__doc__.split("\n\n")[0])
+    except SystemExit as stop:
+        lines = [line.strip(" │╭╮╰╯─") for line in text.getvalue().splitlines()]
+        if stop.code:
+            print(f"{METHOD}.py: {' '.join(line for line in lines[1:] if line)}", file=sys.stderr)
+        raise
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+        main(parse_args(Args))
     except UserError as error:
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(error.code)

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("dac", "diffusion_dice", "swg", "dydiff") if (ROOT / f"{name}.py").exists()]
 SHARED = """Graphed accelerate pick_device evaluate save load restore run_folder Run record summary again first_line
-            device_name describe plot_curve plot_toy off_support task_sizes check_task seed_all reevaluate""".split()
+            device_name describe plot_curve plot_toy off_support task_sizes check_task seed_all reevaluate
+            parse_args""".split()
 COMMON_ARGS = """env data_path data_url eval_env seed device run_dir resume overwrite eval_only video log_every
                  eval_every eval_episodes final_episodes save_every compile graph""".split()
 
