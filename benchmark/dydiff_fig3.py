@@ -39,7 +39,7 @@ class Args:
 
 
 def load(folder: Path) -> tuple[dydiff.Args, dydiff.Agent]:
-    content = torch.load(folder / "last.pt", weights_only=True)
+    content = dydiff.load(folder / "last.pt", None)
     lists = {k: tuple(v) for k, v in content["args"].items() if isinstance(v, list)}
     args = dydiff.Args(**(content["args"] | lists))
     S, A = (len(content["state"]["frames"][k]) for k in ("mean", "a_low"))

@@ -139,4 +139,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    try:
+        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    except common.UserError as error:
+        print(f"dydiff_traps.py: {error}", file=sys.stderr)
+        sys.exit(error.code)
