@@ -14,12 +14,14 @@ same command continues. A cluster needs this repository, its Python and --run-di
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -114,6 +116,7 @@ def is_finished(task: Task) -> bool:
 # --- one run, in a Ray worker -----------------------------------------------------------------------------
 def execute(task: Task, cpus: int, gpus: float, cwd: str) -> tuple[int, str]:
     """Exit code and telling line of one run. Raises ChildProcessError if the run was killed: Ray then retries."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # how ray.cancel arrives; `... &` in a script ignores it
     task.folder.mkdir(parents=True, exist_ok=True)
     env = os.environ | {"OMP_NUM_THREADS": str(cpus), "PYTHONUNBUFFERED": "1"}
     env |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # else Ray has set it
@@ -140,15 +143,21 @@ def execute(task: Task, cpus: int, gpus: float, cwd: str) -> tuple[int, str]:
 def start_ray(args: Args):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15
+    why = f"no Ray at --address {args.address}" if args.address else "Ray did not start"
     try:
         import ray
 
-        ray.init(args.address or "local", log_to_driver=False, logging_level="ERROR")
+        if ":" in (args.address or ""):  # Ray itself tries for minutes
+            host, port = args.address.removeprefix("ray://").rsplit(":", 1)
+            socket.create_connection((host, int(port)), timeout=10).close()
+        options = dict(address=args.address) if args.address else dict(address="local", include_dashboard=False)
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except ImportError:
         raise UserError(f"Ray is not installed: pip install {RAY}   (--summary-only needs none)") from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        why = f"no Ray at --address {args.address} ({(str(error).splitlines() or [''])[0][:200]})"
-        raise UserError(f"{why}: ray start --head makes this machine one; without --address Ray starts here") from error
+    except Exception as error:  # of many kinds, plain ones among them
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        fix = "; ray start --head makes this machine a cluster, no --address starts Ray here" if args.address else ""
+        raise UserError(f"{why} ({what}){fix}") from error
     have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(x.get("CPU", 0) >= args.cpus and x.get("GPU", 0) >= args.gpus for x in have):
         most = ", ".join(f"{x.get('CPU', 0):g} CPUs and {x.get('GPU', 0):g} GPUs" for x in have[:4])
@@ -189,10 +198,11 @@ def run_all(args: Args, tasks: list[Task]) -> list[Path]:
             text = f"FAILED {task.name}: {line}   ({task.folder / 'sweep.log'})" if code else line
             print(f"[{len(todo) - len(pending)}/{len(todo)}] {text}", flush=True)
     except KeyboardInterrupt:
-        print("\nstopping: every run saves", flush=True)
-        for ref in pending:
-            ray.cancel(ref)
-        ray.wait(list(pending), num_returns=len(pending), timeout=120)
+        print("\nstopping: every run saves (Ctrl-C again: at once, without)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            for ref in pending:
+                ray.cancel(ref)
+            ray.wait(list(pending), num_returns=len(pending))
         print("stopped; the same command continues")
         raise SystemExit(130) from None
     finally:

@@ -33,11 +33,6 @@ def put_result(run_dir: Path, method: str, env: str, seed: int, score: float | N
     return folder
 
 
-def script(*argv, python=(sys.executable,), timeout=600) -> subprocess.CompletedProcess:
-    command = [*python, str(ROOT / "benchmark" / "sweep.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
 # --- arithmetic -------------------------------------------------------------------------------------------
 def test_iqm_is_the_mean_of_the_middle_half():
     # 8 values: without the lowest 2 (-50, 1) and the highest 2 (9, 100), (2 + 3 + 5 + 6) / 4 = 4
@@ -97,14 +92,20 @@ def test_summary_only_needs_no_ray_and_writes_the_csv(tmp_path):
     for seed in range(4):
         put_result(tmp_path, "dac", "pendulum-demo", seed, 90 + seed)
     hide = "import sys, runpy; sys.modules['ray'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
-    done = script("--run-dir", tmp_path, "--summary-only", python=(sys.executable, "-c", hide))
+    command = [sys.executable, "-c", hide, str(ROOT / "benchmark" / "sweep.py"), "--run-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--summary-only"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "| dac | pendulum-demo | normalized score | 4 | 91.5 | 1.1 | 91.5 | 90." in done.stdout
     with open(tmp_path / "summary.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["iqm"] == "91.5" and 90 <= float(row["low"]) < 91.5 < float(row["high"]) <= 93
-    done = script("--run-dir", tmp_path / "new", python=(sys.executable, "-c", hide))
-    assert done.returncode == 2 and "pip install ray==" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_missing_ray_is_said_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install ray==") as error:
+        sweep.main(sweep.Args(run_dir=str(tmp_path)), [])
+    assert error.value.code == 2
 
 
 # --- errors -----------------------------------------------------------------------------------------------
@@ -190,18 +191,33 @@ def test_a_killed_run_raises_what_ray_retries(tmp_path, end):
         sweep.execute(fake(tmp_path, f"import os, sys; {end}"), 1, 0.0, ".")
 
 
+def start_worker(tmp_path: Path, program: str) -> tuple[subprocess.Popen, int]:
+    """A process that executes a run as a Ray worker does, and the run's pid. SIGINT is ignored, as in `sweep.py ... &`
+    in a shell script."""
+    task = fake(tmp_path, f"import os, signal, sys, time\n{program}\nprint('pid', os.getpid())\ntime.sleep(300)")
+    work = f"import signal, sys; from pathlib import Path; sys.path.insert(0, {str(ROOT / 'benchmark')!r}); "
+    work += "import sweep; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    work += f"sweep.execute(sweep.Task('', 'dac', {task.command!r}, Path({str(task.folder)!r})), 1, 0.0, '.')"
+    worker, log = subprocess.Popen([sys.executable, "-c", work], stderr=subprocess.DEVNULL), task.folder / "sweep.log"
+    wait_for(lambda: log.exists() and log.read_text().startswith("pid ") and log.read_text().endswith("\n"), worker)
+    return worker, int(log.read_text().split()[1])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_run_dies_with_its_worker(tmp_path):
-    write_pid = f"open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}.')"
-    task = fake(tmp_path, f"import os, time; {write_pid}; time.sleep(300)")
-    work = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmark')!r}); import sweep; from pathlib import Path; "
-    work += f"sweep.execute(sweep.Task('', 'dac', {task.command!r}, Path({str(task.folder)!r})), 1, 0.0, '.')"
-    worker = subprocess.Popen([sys.executable, "-c", work])
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."), worker)
-    pid = int((tmp_path / "pid").read_text()[:-1])
+    worker, pid = start_worker(tmp_path, "")
     worker.kill()  # SIGKILL: no chance to clean up
     worker.wait()
     wait_for(lambda: gone(pid))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_cancelled_run_saves_before_its_worker_goes_on(tmp_path):
+    save = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit(143)))"
+    worker, pid = start_worker(tmp_path, save)
+    worker.send_signal(signal.SIGINT)
+    worker.wait(300)
+    assert gone(pid) and "saved" in (tmp_path / "folder" / "sweep.log").read_text()
 
 
 def wait_for(condition, process=None, seconds=300) -> None:
