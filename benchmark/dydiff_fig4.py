@@ -36,7 +36,7 @@ def collect(out: Path) -> None:
         score = result["normalized_score"] if result["normalized_score"] is not None else result["return"]
         rows.append((result["env"], knob, value, settings["L"], result["seed"], round(score, 2)))
     if not rows:
-        raise SystemExit(f"dydiff_fig4.py: no finished run of dydiff_fig4.sh in {out}; give the folder it was told to use")
+        raise SystemExit(f"dydiff_fig4.py: no finished run of dydiff_fig4.sh in {out}; give the OUT it was called with")
     with open(CSV, "w", newline="") as file:
         csv.writer(file).writerows([("env", "knob", "value", "L", "seed", "score"), *rows])
 

@@ -2,7 +2,7 @@
 
     python benchmark/gallery.py [--run-dir runs/gallery] [--seed 0] [--jobs 1] [--toys bandit-moons toy-spiral]
 
-Trains the runs that are missing in the folder with the presets (half an hour to an hour of one CPU core for all), then
+Trains the runs that are missing in the folder with the presets (one to two hours of one CPU core for all), then
 draws: on top the data, below it a row per method with 1,500 samples of the policy, coloured by the true mean reward.
 Every panel has the mean reward and, where the data has modes, the share farther than 3 standard deviations from all of
 them; below, where the method's target is known in closed form, the energy distance of 4,000 samples to exact ones, and
