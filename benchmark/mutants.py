@@ -56,7 +56,7 @@ MUTANTS["dac"] = [
     ("return -q.mean() / C", "return q.mean() / C"),
     ("(eta + eta_lr * (bc - b)", "(eta - eta_lr * (bc - b)"),
     ("(bc - b).clamp(-1, 1)", "(bc - b)"),
-    ("q.mean(-1) if next_value", "q.mean(0).expand_as(q[..., 0]) if next_value"),  # mean over heads, not actions
+    ("q.mean(-1) if next_value", "q.amax(-1) if next_value"),
     ("else q.amax(-1)", "else q.amin(-1)"),
     ("v.mean(0) - rho *", "v.mean(0) + rho *"),
     ("rho * v.std(0, correction=0)", "rho * v.std(0)"),
@@ -136,10 +136,8 @@ MUTANTS["swg"] = [
     ("torch.where(u > 0, tau, 1 - tau) * u.square()", "torch.where(u > 0, 1 - tau, tau) * u.square()"),
     ("discount * (1 - terminal) * v_next", "discount * v_next"),
     ("return torch.where(A > 0, h, 1 - h)", "return torch.where(A > 0, h, h - 1)"),
-    ("q = torch.sigmoid(3 * A)", "q = torch.sigmoid(A)"),
     ("(3 * A).exp().clamp(1e-3, 80)", "(3 * A).exp().clamp(1e-3, 100)"),
     ("torch.where(A == 0, h * h,", "torch.where(A == 0, h,"),
-    ("x = A / 0.6", "x = A * 0.6"),
     ("(A >= -0.01)", "(A >= 0.01)"),
     ("e_a.sum(-1).mean(), weight_factor", "e_a.mean(), weight_factor"),
     # sampler
@@ -164,6 +162,7 @@ MUTANTS["swg"] = [
     ("y = critic_target(r, terminal, value(s_next),", "y = critic_target(r, terminal, q_target(s_a).amin(0),"),
     ("agent.judge(s, a) - agent.value(s)", "agent.value(s) - agent.judge(s, a)"),
     ("A = A / A.std()", "pass"),
+    ('if args.weight not in ("expectile", "hard"):', 'if args.weight != "expectile":'),
     ("w = w * (args.weight_max / w.max()", "w = w * (args.weight_max / w.mean()"),
     ("(s * (E - 1)).exp() / units[b]", "(s * E).exp() / units[b]"),
     ("t, eps = torch.randint(1, T + 1,", "t, eps = torch.randint(1, T,"),
@@ -173,7 +172,6 @@ MUTANTS["swg"] = [
 MUTANTS["dydiff"] = [
     # networks
     ("0.5 - F.softplus(0.5 - raw)", "0.5 - F.softplus(raw - 0.5)"),
-    ("return s + mean[k,", "return mean[k,"),
     ("log_p = log_p - 2 * (math.log(2)", "log_p = log_p + 2 * (math.log(2)"),
     ("waves((t - 1).float(), 16)", "waves(t.float(), 16)"),
     ("x = x + (beta[t] * (1 - ab_prev) / (1 - ab)) ** 0.5", "x = x + beta[t] ** 0.5"),
@@ -181,7 +179,6 @@ MUTANTS["dydiff"] = [
     ("torch.cat([s_0[:, None], x[:, 1:,", "torch.cat([s_0[:, None], x[:, :-1,"),
     ("c_skip, norm = sd**2 /", "c_skip, norm = sigma**2 /"),
     ("sigma.flatten().log() / 4)", "sigma.flatten().log())"),
-    ("weight = (sigma**2 + SIGMA_DATA**2) /", "weight = 1 /"),
     ("* (-log_var).exp()).mean((1, 2)) + log_var", "* (-log_var).exp()).mean((1, 2)) - log_var"),
     ("discount * (1 - terminal) * q_next", "discount * q_next"),
     ("-alpha_bc / q.abs().mean().detach()", "-alpha_bc / q.abs().mean()"),
@@ -192,10 +189,9 @@ MUTANTS["dydiff"] = [
     ("d = (x_hat - denoised(x_hat, t_hat)) / t_hat", "d = (x_hat - denoised(x_hat, t)) / t_hat"),
     ("(d + d_next) / 2)", "d_next)"),
     # frames
-    ("return (raw - self.mean) / self.std", "return raw - self.mean"),
+    ("return s * self.std + self.mean", "return s + self.mean"),
     ("((x.clamp(-1, 1) if clip else x) + 1)", "(x.clamp(-1, 1) + 1)"),
     # rollouts
-    ("return act(frames.policy(frames.raw(x)))", "return act(frames.raw(x))"),
     ("predict(frames.policy(frames.raw(x)), a)", "predict(frames.policy(frames.raw(x, clip=False)), a)"),
     ("drawn = states_given(s[:, 0], frames.model_action(a))", "drawn = states_given(s[:, 0], a)"),
     ("(drawn[:, 1:] + s[:, 1:]) / 2", "drawn[:, 1:]"),
@@ -212,6 +208,7 @@ MUTANTS["dydiff"] = [
     ("a_next = target.sample(s_next)[0][0]", "a_next = policy.sample(s_next)[0][0]"),
     ("loss_pi = (alpha * log_pi - twin", "loss_pi = (alpha * log_pi + twin"),
     ("grad = (A - log_pi.detach()).mean()", "grad = (-A - log_pi.detach()).mean()"),
+    ("value.detach().clamp(-10, 0.5).exp()", "value.detach().clamp(-10, 5).exp()"),
     ("a_next = target.act(s_next)", "a_next = policy.act(s_next)"),
     ("q_pi = twin(q, s, policy.clean(a_t, t, eps_hat))", "q_pi = twin(q, s, policy.clean(a_t, t, eps_hat.detach()))"),
     ("loss_pi = loss_bc - args.eta_q * one.mean() / other", "loss_pi = loss_bc - args.eta_q * one.mean() / one"),
@@ -313,7 +310,7 @@ def check(context, method: str, source: str, seconds: float, times: str) -> tupl
             process.join()
             return 1, time.perf_counter() - clock, "time limit"
         log = Path(folder, "log.txt").read_text()
-    failed = re.search(r"^(?:FAILED|ERROR) \S+?(?:::(\S+))?(?: |$)", log, re.M)
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?(?:::(\w+)|$| )", log, re.M)
     return process.exitcode, time.perf_counter() - clock, (failed and failed[1]) or log.strip().split("\n")[-1]
 
 

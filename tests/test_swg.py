@@ -277,6 +277,8 @@ def test_weigh_measures_advantages_in_standard_deviations_and_scales_the_largest
         close(got.max(), top)
     if kind == "expectile":  # as released: nothing is scaled
         close(swg.weigh(args, stub_critic(A), stub_rows(4)), [0.3, 0.3, 0.7, 0.7])
+    if kind == "hard":  # the bound -0.01 is in units of Q: -0.02 is below it, in standard deviations -0.005 is not
+        close(swg.weigh(args, stub_critic(tensor([-0.02, 0.0, 4.0, 8.0])), stub_rows(4)), [0, 0.7, 0.7, 0.7])
     assert "A > 0 in 50.0 % of 4 rows" in capsys.readouterr().out
 
 
