@@ -336,9 +336,16 @@ def test_two_steps_of_the_sampler_by_hand():
 
 def test_heuns_correction_by_hand():
     """denoised(x, t) = t, z = 2: x = 8, d = (8 - 4)/4 = 1, x' = 6, d' = (6 - 2)/2 = 2, x = 8 - 2 * 1.5 = 5; then
-    d = (5 - 2)/2, x = 5 - 3 = 2: no correction."""
-    sigmas = tensor([4.0, 2.0, 0.0])
-    close(dydiff.edm_sample(lambda x, t: 0 * x + t, tensor([2.0]), sigmas, [0.0, 0.0], 1.0), [2.0])
+    d = (5 - 2)/2, x = 5 - 3 = 2: no correction.  The last step ends at the denoiser's output from any x, so what it was
+    asked for tells whether the step before was right."""
+    sigmas, seen = tensor([4.0, 2.0, 0.0]), []
+
+    def denoised(x, t):
+        seen.append((float(x), t))
+        return 0 * x + t
+
+    close(dydiff.edm_sample(denoised, tensor([2.0]), sigmas, [0.0, 0.0], 1.0), [2.0])
+    assert seen == [(8.0, 4.0), (6.0, 2.0), (5.0, 2.0)]
 
 
 def test_churn_raises_sigma_and_adds_its_noise():
@@ -1306,7 +1313,7 @@ def test_four_updates_of_td3bc_equal_a_second_slow_implementation(float64):
 def test_four_updates_of_cql_equal_a_second_slow_implementation(float64):
     """alpha, then the policy with the new alpha, then the critics with the new policy.  Loss of the temperature: minus
     the raw log alpha times (log pi - A); used is exp of it, clipped to [-10, 0.5].  10 actions of each kind."""
-    for start in (0.0, 0.6):  # beyond the clip it must still be able to fall
+    for start in (0.0, 2.0, -11.0):  # beyond the clip it must still be able to move
         args, agent = base_agent("cql", policy_lr=0.1)
         agent.log_alpha.value.data.fill_(start)
         slow, update = Slow(args, agent), dydiff.make_base_update(args, agent)
