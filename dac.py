@@ -284,13 +284,13 @@ class Mish(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         """1 - 2 v + 4 x v (1 - v) sigmoid(x),  sigmoid(x) = 1 - 1 / u."""
         (x,) = ctx.saved_tensors
-        one, grad = torch.ones((), dtype=x.dtype), grad.clone(memory_format=torch.contiguous_format)
-        for x_k, g_k in zip(x.view(-1).split(2**15), grad.view(-1).split(2**15)):
+        one, out = torch.ones((), dtype=x.dtype), torch.empty_like(x)
+        for x_k, g_k, out_k in zip(*(y.view(-1).split(2**15) for y in (x, grad.contiguous(), out))):
             u = x_k.exp().add_(1)
             v = torch.addcmul(one, u, u).reciprocal_()
             slope = u.reciprocal_().sub_(1).mul_(x_k).mul_(v).mul_(v - 1).mul_(4)  # (1/u - 1) x v (v - 1) 4
-            g_k.mul_(slope.add_(v, alpha=-2).add_(1))
-        return grad
+            torch.mul(g_k, slope.add_(v, alpha=-2).add_(1), out=out_k)
+        return out
 
 
 # --- losses: pure functions, all randomness is an argument ------------------------------------------------

@@ -64,7 +64,7 @@ from tqdm import tqdm
 import common
 from common import TOYS, UserError, edm_sigmas, make_env, normalized_score
 
-METHOD, FORMAT = "dydiff", 1  # FORMAT: of last.pt; raised whenever an older file would not load
+METHOD, FORMAT = "dydiff", 2  # FORMAT: of last.pt; raised whenever an older file would not load
 
 
 @dataclass
@@ -198,12 +198,6 @@ class Args:
     """steps of EDM's sampler (34, 67 network calls)"""
     S_churn: float | None = None
     """EDM's noise (60)"""
-    S_tmin: float = 0.3699492132558657
-    """lowest sigma with noise"""
-    S_tmax: float = 52.241950650433864
-    """highest sigma with noise"""
-    S_noise: float = 1.002
-    """scale of the noise"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the U-net in rollouts"""
     E: int = 7
@@ -278,7 +272,7 @@ def resolve(args: Args) -> Args:
         args = replace(args, M=0)
     positive = """steps model_steps dynamics_steps reward_steps batch_size lr policy_lr alpha_bc candidates
                   rollout_every b H L capacity model_batch_size model_lr model_warmup ema_half_life dynamics_lr
-                  reward_lr E elites synther_width synther_rows S_noise filter_temperature log_every eval_every
+                  reward_lr E elites synther_width synther_rows filter_temperature log_every eval_every
                   eval_episodes final_episodes save_every""".split()
     rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
     rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in "M S_churn cql_weight eta_q clip_norm".split()]
@@ -292,8 +286,6 @@ def resolve(args: Args) -> Args:
         ("real_ratio", "in [0, 1]", 0 <= args.real_ratio <= 1),
         ("eta", "in (0, 1]", 0 < args.eta <= 1),
         ("b", "enough that --eta keeps one", not 0 < args.eta <= 1 or int(args.eta * args.b) >= 1),
-        ("S_tmin", ">= 0", 0 <= args.S_tmin < math.inf),
-        ("S_tmax", "at least --S-tmin", args.S_tmin <= args.S_tmax < math.inf),
         ("holdout", "in [0, 1)", 0 <= args.holdout < 1),
         ("H", f"a multiple of {folds}, of at least 2 (the U-net halves it)", args.H % folds == 0 and args.H > 1),
         ("L", "less than H", args.L < args.H),
@@ -549,22 +541,24 @@ def conservative(q_random: Tensor, q_next: Tensor, q_pi: Tensor, log_next: Tenso
 
 
 # --- sampler ----------------------------------------------------------------------------------------------
-def churn(sigmas: Tensor, args) -> list[float]:
+S_TMIN, S_TMAX, S_NOISE = 0.3699492132558657, 52.241950650433864, 1.002  # released; EDM tunes them per dataset
+
+
+def churn(sigmas: Tensor, S_churn: float) -> list[float]:
     """gamma_i of every step: min(S_churn / N, sqrt(2) - 1) for S_tmin <= t_i <= S_tmax, else 0."""
-    g = min(args.S_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    return [g if args.S_tmin <= t <= args.S_tmax else 0.0 for t in sigmas[:-1].tolist()]
+    g = min(S_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    return [g if S_TMIN <= t <= S_TMAX else 0.0 for t in sigmas[:-1].tolist()]
 
 
-def edm_sample(denoised, x: Tensor, sigmas: Tensor, gammas: list[float], S_noise: float, written=None, rewrite=False):
+def edm_sample(denoised, x: Tensor, sigmas: Tensor, gammas: list[float], written=lambda x: x, rewrite: bool = False):
     """Algorithm 2, EDM's stochastic sampler: N Euler steps with Heun's correction but in the last.  denoised(x, sigma)
     is D_theta; x (B, ...) ~ N(0, I), float64; sigmas (N + 1,) down to 0; written(x) writes the conditions over x after
     every step, with rewrite also after the churn (the released code does not)."""
-    written = written or (lambda x: x)
     x = written(sigmas[0].item() * x)
     for t, t_next, gamma in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), gammas):
         t_hat, x_hat = t + gamma * t, x
         if gamma:
-            x_hat = x + (t_hat**2 - t**2) ** 0.5 * S_noise * torch.randn_like(x)
+            x_hat = x + (t_hat**2 - t**2) ** 0.5 * S_NOISE * torch.randn_like(x)
             x_hat = written(x_hat) if rewrite else x_hat
         d = (x_hat - denoised(x_hat, t_hat)) / t_hat
         x = written(x_hat + (t_next - t_hat) * d)
@@ -591,8 +585,7 @@ def draw_states(args, net, s_0: Tensor, a: Tensor) -> Tensor:
     def written(x: Tensor) -> Tensor:
         return condition(x, s_d, a_d)
 
-    x = edm_sample(denoised, x, sigmas, churn(sigmas, args), args.S_noise, written, args.rewrite)
-    return x[..., :S].float()
+    return edm_sample(denoised, x, sigmas, churn(sigmas, args.S_churn), written, args.rewrite)[..., :S].float()
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------
@@ -1814,7 +1807,7 @@ def train_synther(args: Args, agent: Agent, rows: Tensor, run: Run, S: int, A: i
                 def denoised(x: Tensor, sigma: float) -> Tensor:
                     return denoise(agent.unet_ema, x.float(), torch.full((len(x),), sigma, device=x.device)).double()
 
-                x = edm_sample(denoised, x, sigmas, churn(sigmas, args), args.S_noise).float()
+                x = edm_sample(denoised, x, sigmas, churn(sigmas, args.S_churn)).float()
                 x = x / SIGMA_DATA * std + mean
                 x[:, S : S + A] = x[:, S : S + A].clamp(-1, 1)
                 x[:, -1] = (x[:, -1] > 0.5).float()

@@ -184,7 +184,7 @@ MUTANTS["dydiff"] = [
     ("-alpha_bc / q.abs().mean().detach()", "-alpha_bc / q.abs().mean()"),
     ("[q_random - A * math.log(0.5)", "[q_random + A * math.log(0.5)"),
     # sampler
-    ("g = min(args.S_churn / (len(sigmas) - 1)", "g = min(args.S_churn / len(sigmas)"),
+    ("g = min(S_churn / (len(sigmas) - 1)", "g = min(S_churn / len(sigmas)"),
     ("(t_hat**2 - t**2) ** 0.5", "(t_hat - t)"),
     ("d = (x_hat - denoised(x_hat, t_hat)) / t_hat", "d = (x_hat - denoised(x_hat, t)) / t_hat"),
     ("(d + d_next) / 2)", "d_next)"),

@@ -1,6 +1,7 @@
 """Updates per second: script x stage x {paper size, demo size} x {eager, compiled, graphed}, on the device at hand.
 
     python benchmark/throughput.py [--scripts dac diffusion_dice dydiff swg] [--threads 1] [--sizes paper demo]
+    python benchmark/throughput.py --profile      where the time of an update goes
 
 Timed: whole updates (batch, targets, losses, optimisers, averages), data on the device, no logging, no evaluation;
 the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own. FLOPs: the
@@ -57,6 +58,8 @@ class Args:
     """dac: diffusion steps"""
     seconds: float = 10.0
     """time per measurement"""
+    profile: bool = False
+    """instead of the table: where the time of each eager update goes, operation by operation (torch.profiler)"""
 
 
 class Products(TorchDispatchMode):
@@ -220,17 +223,43 @@ def measure(args: Args, stage: str, update, acts: dict, mode: str, device: torch
     return f"{stage} | {mode} | {time_} | {work} | {latency} |"
 
 
+def profiled(update, device: torch.device, rows: int = 12) -> str:
+    """Shares of the time that operations take themselves, without what they call. A number that the host reads makes it
+    wait for a GPU."""
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    for _ in range(3):
+        update()
+    calls = 5
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(calls):
+            update()
+    time_of = (lambda x: x.self_device_time_total) if cuda else (lambda x: x.self_cpu_time_total)
+    times = {x.key: (time_of(x), x.count) for x in trace.key_averages()}
+    total = sum(us for us, _ in times.values())
+    lines = [f"  {total / calls / 1000:.2f} ms, {sum(count for _, count in times.values()) / calls:.0f} operations"]
+    for key, (us, count) in sorted(times.items(), key=lambda x: -x[1][0])[:rows]:
+        lines.append(f"  {100 * us / total:5.1f} %  {count / calls:6.1f} x {us / count:9.1f} us  {key}")
+    reads = [event for event in trace.events() if event.name == "aten::item"]
+    reads = [event for event in reads if "fused" not in event.cpu_parent.name]  # a CPU's Adam reads its learning rate
+    return "\n".join([*lines, f"  numbers read on the host: {len(reads) / calls:.1f} per update"])
+
+
 def main(args: Args) -> None:
     device = dac.pick_device(dac.Args(device=args.device))
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {dac.device_name(device)}\n")
-    print("| script | size | stage | mode | updates/s | ms | warm-up s | peak MiB | GFLOP | GFLOP/s | share | ms |")
-    print("|---" * 12 + "|")
+    if not args.profile:
+        print("| script | size | stage | mode | updates/s | ms | warm-up s | peak MiB | GFLOP | GFLOP/s | share | ms |")
+        print("|---" * 12 + "|")
     for script in args.scripts:
         for size in args.sizes:
             for T in args.T if script == "dac" else args.T[:1]:
                 for stage, (update, acts) in parts(args, script, size, T, device).items():
+                    if args.profile:
+                        print(f"{script}, {size}, {stage}", profiled(update, device), "", sep="\n", flush=True)
+                        continue
                     for mode in args.modes:
                         if "graphed" not in mode or device.type == "cuda":
                             row = measure(args, stage, update, acts, mode, device)

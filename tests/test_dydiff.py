@@ -29,7 +29,7 @@ import common
 import dydiff
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parent.parent
-PAPER = SimpleNamespace(**dydiff.PAPER, S_tmin=0.3699492132558657, S_tmax=52.241950650433864, S_noise=1.002)
+PAPER = SimpleNamespace(**dydiff.PAPER)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -313,12 +313,11 @@ def test_noise_levels_and_churn_of_the_paper():
     sigmas = common.edm_sigmas(PAPER.N)
     close(sigmas[:4], [80, 67.6671, 57.0012, 47.81], 1e-3)
     close(sigmas[-2:], [0.002, 0], 1e-12)
-    g = dydiff.churn(sigmas, PAPER)
+    g = dydiff.churn(sigmas, 60.0)
     assert len(g) == 34 and [i for i, x in enumerate(g) if x] == list(range(3, 23))
     assert all(abs(x - 0.41421356) < 1e-8 for x in g[3:23]) and sigmas[23] < 0.3302
-    small = SimpleNamespace(**vars(PAPER) | dict(S_churn=3.4))
-    assert all(abs(x - 0.1) < 1e-12 for x in dydiff.churn(sigmas, small)[3:23])
-    assert not any(dydiff.churn(sigmas, SimpleNamespace(**vars(PAPER) | dict(S_churn=0.0))))
+    assert all(abs(x - 0.1) < 1e-12 for x in dydiff.churn(sigmas, 3.4)[3:23])
+    assert not any(dydiff.churn(sigmas, 0.0))
 
 
 def test_two_steps_of_the_sampler_by_hand():
@@ -330,7 +329,7 @@ def test_two_steps_of_the_sampler_by_hand():
         seen.append((float(x), t))
         return torch.ones_like(x)
 
-    close(dydiff.edm_sample(one, tensor([2.0]), sigmas, [0.0, 0.0], 1.0), [1.0])
+    close(dydiff.edm_sample(one, tensor([2.0]), sigmas, [0.0, 0.0]), [1.0])
     assert seen == [(8.0, 4.0), (4.5, 2.0), (4.5, 2.0)]  # 2 N - 1 calls
 
 
@@ -344,19 +343,20 @@ def test_heuns_correction_by_hand():
         seen.append((float(x), t))
         return 0 * x + t
 
-    close(dydiff.edm_sample(denoised, tensor([2.0]), sigmas, [0.0, 0.0], 1.0), [2.0])
+    close(dydiff.edm_sample(denoised, tensor([2.0]), sigmas, [0.0, 0.0]), [2.0])
     assert seen == [(8.0, 4.0), (6.0, 2.0), (5.0, 2.0)]
 
 
-def test_churn_raises_sigma_and_adds_its_noise():
-    """g = 0.4 at t = 5: t^ = 7, variance S_noise^2 (49 - 25)."""
+def test_churn_raises_sigma_and_adds_its_noise(monkeypatch):
+    """g = 0.4 at t = 5: t^ = 7, variance S_NOISE^2 (49 - 25)."""
+    monkeypatch.setattr(dydiff, "S_NOISE", 1.5)
     sigmas, seen = tensor([5.0, 0.0]), []
 
     def zero(x, t):
         seen.append((x, t))
         return 0 * x
 
-    got = dydiff.edm_sample(zero, torch.full((50_000,), 3.0), sigmas, [0.4], 1.5)
+    got = dydiff.edm_sample(zero, torch.full((50_000,), 3.0), sigmas, [0.4])
     x, t = seen[0]
     assert abs(t - 7) < 1e-12 and len(seen) == 1
     close(x.mean(), 15.0, 0.15)
@@ -368,13 +368,13 @@ def test_churn_raises_sigma_and_adds_its_noise():
 def test_the_sampler_with_the_exact_denoiser_draws_a_gaussian(N, S_churn, room):
     """D(x; sigma) = m + C (C + sigma^2)^-1 (x - m).  The released churn inflates the variance by some percent."""
     m, C = tensor([0.3, -0.2]).double(), tensor([[0.3, 0.1], [0.1, 0.2]]).double()
-    args, sigmas = SimpleNamespace(**vars(PAPER) | dict(S_churn=S_churn)), common.edm_sigmas(N)
+    sigmas = common.edm_sigmas(N)
 
     def denoised(x, t):
         return m + (x - m) @ torch.linalg.solve(C + t**2 * torch.eye(2), C)  # symmetric: they commute
 
     z = torch.randn(40_000, 2, dtype=torch.float64)
-    x = dydiff.edm_sample(denoised, z, sigmas, dydiff.churn(sigmas, args), args.S_noise)
+    x = dydiff.edm_sample(denoised, z, sigmas, dydiff.churn(sigmas, S_churn))
     close(x.mean(0), m, 0.012)
     ratio = torch.linalg.eigvals(torch.linalg.solve(C, x.T.cov())).real
     assert (ratio > 0.98).all() and (ratio < 1 + room + 0.015).all()
@@ -403,8 +403,8 @@ def test_conditions_are_bit_exact_whatever_the_network_says(scaled, rewrite, mon
     s_0, a, net, held = torch.randn(3, 2), torch.randn(3, 4, 1), Recorder(), []
     true = dydiff.edm_sample
 
-    def spy(denoised, x, sigmas, gammas, S_noise, written, rewrite):
-        x = true(denoised, x, sigmas, gammas, S_noise, written, rewrite)
+    def spy(*inputs):
+        x = true(*inputs)
         held.append(x)
         return x
 
