@@ -40,31 +40,46 @@ class Args:
 
 README = ROOT / "README.md"
 ROWS = {  # of README's table of a method: (text, label, sampling settings if not the run's)
-    "dac": [("cloning (`--guidance none --N-a 1`)", "cloning", {}), ("**DAC**, the preset", "dac", {})],
+    "dac": [("cloning (`--guidance none --N-a 1`)", "cloning", {}), ("**DAC**", "dac", {})],
     "diffusion_dice": [
         ("cloning (`--kappa 0 --K 1`)", "diffusion_dice", dict(kappa=0, K=1)),
         ("select-only (`--kappa 0 --K 4`)", "diffusion_dice", dict(kappa=0, K=4)),
         ("guide-only (`--kappa 2 --K 1`)", "diffusion_dice", dict(kappa=2, K=1)),
-        ("**guide, then select**, the preset", "diffusion_dice", {}),
+        ("**guide, then select**", "diffusion_dice", {}),
     ],
     "swg": [
         ("cloning (`--rho 0 --kappa 1`)", "swg", dict(rho=0, kappa=1, N=1)),
         ("cloning at temperature 0 (`--rho 0 --kappa 0`)", "swg", dict(rho=0, kappa=0, N=1)),
         ("16 candidates without guidance (`--rho 0 --kappa 1 --N 16`)", "swg", dict(rho=0, kappa=1, N=16)),
         ("SWG-R (`--rho 10 --kappa 1 --N 16`)", "swg", dict(rho=10, kappa=1, N=16)),
-        ("**SWG**, the preset", "swg", {}),
+        ("**SWG**", "swg", {}),
     ],
     "dydiff": [
         ("TD3+BC alone (`--augment none`)", "a=none", {}),
         ("+ SynthER (`--augment synther`)", "a=synther", {}),
         ("+ rollouts of the ensemble (`--augment single-step`)", "a=single-step", {}),
-        ("**+ DyDiff**, the preset", "dydiff", {}),
+        ("**+ DyDiff**", "dydiff", {}),
     ],
 }
+SIDE = [  # of README's table of all methods: (text, method, label, sampling settings)
+    ("cloning (SWG's model, unguided)", "swg", "swg", dict(rho=0, kappa=1, N=1)),
+    ("TD3+BC", "dydiff", "a=none", {}), ("DAC", "dac", "dac", {}),
+    ("Diffusion-DICE", "diffusion_dice", "diffusion_dice", {}), ("SWG", "swg", "swg", {}),
+    ("TD3+BC + DyDiff", "dydiff", "dydiff", {}),
+]  # fmt: skip
+STAND_INS = {  # averages of data that is not in the repository (docs/data.md)
+    "hopper-medium-sac": 42.6, "hopper-medium-replay-sac": 13.3, "hopper-expert-sac": 90.7,
+    "hopper-medium-expert-sac": 49.3, "door-human-dapg": 28.6, "door-human-expert-dapg": 87.0,
+}  # fmt: skip
+LOCOMOTION = [f"{task}-{kind}-v2" for task in ("halfcheetah", "hopper", "walker2d")
+              for kind in ("medium", "medium-replay", "medium-expert")]  # fmt: skip
 
 
 def collect(runs: Path) -> None:
+    """Of finished runs."""
     for path in sorted(runs.glob("*/*/*/seed*/eval.csv")):
+        if not path.with_name("result.json").exists():
+            continue
         label, env, method, seed = path.parts[-5:-1]
         shutil.copy(path, RESULTS / f"{env}__{method}__{label}__{seed}.csv")
         if path.with_name("reeval.csv").exists():
@@ -86,12 +101,6 @@ def load() -> dict[tuple[str, str, str], list[dict[int, float]]]:
     for path in sorted(RESULTS.glob("*__*__*__seed?.csv")):
         runs[tuple(path.stem.split("__")[:3])].append(curve(path))
     return runs
-
-
-STAND_INS = {  # averages of data that is not in the repository (docs/data.md)
-    "hopper-medium-sac": 42.6, "hopper-medium-replay-sac": 13.3, "hopper-expert-sac": 90.7,
-    "hopper-medium-expert-sac": 49.3, "door-human-dapg": 28.6, "door-human-expert-dapg": 87.0,
-}  # fmt: skip
 
 
 def data_average(env: str) -> float:
@@ -150,36 +159,93 @@ def last_scores(env: str, method: str, label: str, settings: dict) -> dict[int, 
     return found
 
 
+def cell(data: str, method: str, label: str, settings: dict) -> str:
+    """Mean and standard deviation over seeds; empty: not run."""
+    env = "door-human-v0" if data.startswith("door") else data if data in DEMOS else "hopper-demo"
+    x = [*last_scores(env, method, f"{data}@{label}" if data in STAND_INS else label, settings).values()]
+    one = "" if len(x) == 3 else f" ({len(x)})"  # seeds
+    return f"{np.mean(x):.1f} ± {np.std(x):.1f}{one}" if len(x) > 1 else f"{x[0]:.1f}{one}" if x else ""
+
+
+def wide_table(rows: list) -> str:
+    """rows: (text, method, label, sampling settings).  A column per dataset that one of them has a score on."""
+    cells = {data: [cell(data, *row[1:]) for row in rows] for data in (*DEMOS, *STAND_INS)}
+    cells = {data: column for data, column in cells.items() if any(column)}
+    lines = [f"| | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    lines.append(f"| average of the data | {' | '.join(f'{data_average(data):.1f}' for data in cells)} |")
+    lines += [f"| {row[0]} | {' | '.join(column[i] for column in cells.values())} |" for i, row in enumerate(rows)]
+    return "\n".join(lines)
+
+
 def readme_table(method: str) -> str:
-    """Every dataset that the method was run on here."""
-    names = [path.name.split("__") for path in sorted(RESULTS.glob(f"*__{method}__*__seed?.csv"))]
-    data = {(label.partition("@")[0] if "@" in label else env, env) for env, _, label, _ in names}
-    lines = ["| dataset | run | last policy | per seed |", "|---|---|---|---|"]
-    for name, env in sorted(data, key=lambda x: (x[0] not in DEMOS[:1], x[0] not in DEMOS, x)):
-        rows = [f"| {name} | average of the data | {data_average(name):.1f} | |"]
-        for text, label, settings in ROWS[method]:
-            scores = last_scores(env, method, label if name == env else f"{name}@{label}", settings)
-            if scores:
-                x = [scores[k] for k in sorted(scores)]
-                spread = f"{np.mean(x):.1f} ± {np.std(x):.1f}" if len(x) > 1 else f"{x[0]:.1f} (one seed)"
-                rows.append(f"| | {text} | {spread} | {' '.join(f'{v:.1f}' for v in x)} |")
-        lines += rows
+    """All datasets that the method was run on here; "all": the methods side by side; "d4rl": beside the papers."""
+    if method == "all":
+        return wide_table(SIDE)
+    if method == "d4rl":
+        return beside_published()
+    return wide_table([(text, method, label, settings) for text, label, settings in ROWS[method]])
+
+
+def beside_published() -> str:
+    """D4RL's locomotion: the papers' scores (no table of SWG's could be obtained), and ours."""
+    with open(RESULTS / "published.csv", newline="") as file:
+        published = {(row["dataset"], row["run"]): f"{row['score']} ± {row['spread']}" for row in csv.DictReader(file)}
+    runs = {"dac": ("DAC", "dac"), "diffusion_dice": ("Diffusion-DICE", "diffusion_dice"),
+            "dydiff": ("TD3+BC + DyDiff", "td3bc+dydiff"), "swg": ("SWG", "")}  # fmt: skip
+    heads = [f"{name}: paper | here" if run else f"{name}: here" for name, run in runs.values()]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * 8 + "|"]
+    for data in LOCOMOTION:
+        cells = []
+        for method, (_, run) in runs.items():
+            ours = [*last_scores(data, method, method, {}).values()]
+            cells += [published.get((data, run), "")] * bool(run)
+            cells.append(f"{np.mean(ours):.1f} ± {np.std(ours):.1f} ({len(ours)})" if ours else "not measured")
+        lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def with_tables(text: str) -> str:
     """README.md, its tables made anew."""
-    for method in ROWS:
+    for method in ("all", "d4rl", *ROWS):
         start, end = f"<!-- results: {method} -->\n", "<!-- end of results -->"
         before, _, rest = text.partition(start)
         text = f"{before}{start}{readme_table(method)}\n{end}{rest.partition(end)[2]}"
     return text
 
 
+def draw_stand_ins(runs) -> None:
+    """docs/figures/stand_ins.png: score against the share of the main stage, all methods on every stand-in set."""
+    found = [data for data in STAND_INS if any(label.startswith(f"{data}@") for _, _, label in runs)]
+    if not found:
+        return
+    fig, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained", sharex=True)
+    names = {"dydiff": "TD3+BC", "dac": "DAC", "diffusion_dice": "Diffusion-DICE", "swg": "SWG"}
+    for ax, data in zip(axes.flat, found):
+        for color, method in enumerate(names):
+            for (_, run, label), curves in runs.items():
+                if run == method and label.startswith(f"{data}@"):
+                    steps = sorted(set.intersection(*(set(c) for c in curves)))
+                    y, x = np.array([[c[s] for s in steps] for c in curves]), np.array(steps) / steps[-1]
+                    ax.plot(x, y.mean(0), marker="o", ms=3, color=f"C{color}", label=names[method])
+                    ax.fill_between(x, y.min(0), y.max(0), alpha=0.2, lw=0, color=f"C{color}")
+        ax.axhline(STAND_INS[data], color="gray", ls="--", lw=1, label="average of the data")
+        ax.set_title(data)
+    for ax in axes.flat[len(found) :]:
+        ax.set_axis_off()
+    for ax in axes[-1]:
+        ax.set_xlabel("share of the main stage's steps")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("normalized score")
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    fig.suptitle("Stand-in sets, reduced sizes: mean and range over seeds")
+    fig.savefig(ROOT / "docs" / "figures" / "stand_ins.png", dpi=110)
+    plt.close(fig)
+
+
 def draw(runs, env: str) -> None:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for (task, method, label), curves in runs.items():
-        ablation = label.startswith(("w=", "a=", "b=cql", "b=diffql")) or "@" in label  # the table alone
+        ablation = label.startswith(("w=", "a=", "b=cql", "b=diffql")) or "@" in label
         if task == env and not ablation:
             steps = sorted(set.intersection(*(set(c) for c in curves)))
             y = np.array([[c[s] for s in steps] for c in curves])  # (seeds, evaluations)
@@ -201,5 +267,6 @@ if __name__ == "__main__":
     print(table(runs), reevaluations(), sep="\n\n")
     for env in DEMOS:
         draw(runs, env)
+    draw_stand_ins(runs)
     if args.write:
         README.write_text(with_tables(README.read_text()))
