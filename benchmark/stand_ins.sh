@@ -28,7 +28,7 @@ run() { # method data env seed: one command line, at the size of the hopper-demo
   done
 } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python
 for path in "$runs"/*@swg/*/swg/seed*; do # cloning by the same model
-  [ -e "$path/last.pt" ] || continue
+  [ -e "$path/last.pt" ] && [ ! -e "$path/reeval.csv" ] || continue
   env=$(basename "$(dirname "$(dirname "$path")")") seed=${path##*seed}
   echo "--env $env --seed $seed --run-dir ${path%%/"$env"/*} --eval-only --rho 0 --kappa 1"
 done | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python swg.py
