@@ -619,14 +619,16 @@ class Schedule:
     beta: Tensor  # (T + 1,), as the two below
     alpha: Tensor
     alpha_bar: Tensor
+    floats: tuple[list[float], ...]  # the three as numbers: constants of a sampler that is compiled or recorded
 
     def to(self, device) -> Schedule:
-        return Schedule(self.T, self.beta.to(device), self.alpha.to(device), self.alpha_bar.to(device))
+        return Schedule(self.T, *(x.to(device) for x in (self.beta, self.alpha, self.alpha_bar)), self.floats)
 
 
 def _schedule(beta: Tensor) -> Schedule:
     beta = torch.cat([beta.new_zeros(1), beta.double()])
-    return Schedule(len(beta) - 1, beta.float(), (1 - beta).float(), (1 - beta).cumprod(0).float())
+    rows = beta.float(), (1 - beta).float(), (1 - beta).cumprod(0).float()
+    return Schedule(len(beta) - 1, *rows, tuple(x.tolist() for x in rows))
 
 
 def vp_schedule(T: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Schedule:

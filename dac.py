@@ -17,7 +17,8 @@ Differences from the authors' code, each tagged where it happens (reasons and ef
   [D4] evaluation: one environment per episode, seeded, all in lock step
   [D5] D4RL's locomotion is evaluated in gymnasium's -v4 tasks (common.ENV_IDS)
   [D6] antmaze: jumps between rows are cut as time-outs (common.cut_jumps); the task is d4rl_envs.py's
-Shapes: B batch, S state, A action, T diffusion steps, H critic heads, N actions per state, E episodes.
+Shapes: B batch, S state, A action, T diffusion steps, H critic heads, N next actions and N_a candidates per state,
+        E episodes.
 Run:    python dac.py                          (pendulum, no download, about a minute on a CPU)
         python dac.py --env hopper-medium-v2   (D4RL; the paper's settings)
 """
@@ -57,7 +58,7 @@ from tqdm import tqdm
 
 from common import TOYS, UserError, load_dataset, make_env, normalized_score, reward_scale, vp_schedule
 
-METHOD, FORMAT = "dac", 2  # FORMAT: of last.pt; raised whenever an older file would not load
+METHOD, FORMAT = "dac", 3  # FORMAT: of last.pt; raised whenever an older file would not load
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Args:
     """Adam, cosine decay to 0 over the run"""
     critic_lr: float | None = None
     """Adam, cosine decay to 0 over the run"""
-    grad_clip: float = 1.0
+    clip_norm: float = 1.0
     """bound on the global gradient norm, one norm over the actor, one jointly over all heads"""
     polyak: float = 0.005
     """tau, averaging rate of target critics and target actor"""
@@ -160,7 +161,7 @@ PAPER = dict(
     final_episodes=100, save_every=50_000,
 )
 _ANTMAZE = dict(eta=0.1, eta_lr=0.0, rho=1.0, next_value="max")
-_BANDIT = dict(  # Fig. 2; the toys that are not DAC's take the same
+_TOY = dict(  # Fig. 2; the toys that are not DAC's take the same
     steps=20_000, batch_size=128, T=50, hidden=(64, 64, 64), eta_lr=0.01, b=1.3, H=5, N_a=1, clip_x0=False,
     actor_lr=1e-3, critic_lr=1e-3, ema_after=10, reward_scale="none", eval_every=5000, eval_episodes=1000,
     final_episodes=2000, save_every=5000,
@@ -180,7 +181,7 @@ PRESETS = {  # what differs from PAPER: docs/dac.md says where each value comes 
         log_every=200, eval_every=2000, final_episodes=20, save_every=2000),
     "hopper-demo": dict(  # ours, sized for minutes on a CPU: smaller networks, one next action, two candidates
         steps=60_000, batch_size=128, hidden=(128, 128), N=1, N_a=2, eta=0.1, b=0.1, save_every=5000),
-    **{toy: _BANDIT for toy in TOYS},
+    **{toy: _TOY for toy in TOYS},
 }
 
 
@@ -189,7 +190,7 @@ def resolve(args: Args) -> Args:
     preset = PAPER | PRESETS.get(args.env, {})
     args = replace(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
     positive = """steps batch_size T H N N_a log_every eval_every eval_episodes final_episodes save_every
-                  eta actor_lr critic_lr grad_clip ema_every""".split()
+                  eta actor_lr critic_lr clip_norm ema_every""".split()
     rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
     natural = "eta_lr b rho temperature ema_after".split()
     rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural]
@@ -198,8 +199,8 @@ def resolve(args: Args) -> Args:
         ("discount", "in [0, 1]", 0 <= args.discount <= 1),
         ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
         ("hidden", "one or more positive widths", len(args.hidden) > 0 and min(args.hidden) > 0),
+        ("reward_shift", "a finite number", math.isfinite(args.reward_shift)),
     ]
-    rules.append(("reward_shift", "a finite number", math.isfinite(args.reward_shift)))
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
     for name, want, ok in rules:  # NaN fails every comparison
@@ -232,21 +233,21 @@ class NoiseNet(nn.Module):
         return self.layers[-1](x)  # (B, A)
 
 
-class Critics(nn.Module):
+class Heads(nn.Module):
     """Q_1..Q_H: H independent MLPs on [s, a], one batched product per layer; initialised as NoiseNet is."""
 
-    def __init__(self, S: int, A: int, hidden: tuple[int, ...], H: int):
+    def __init__(self, width: int, hidden: tuple[int, ...], H: int):
         super().__init__()
-        sizes = (S + A, *hidden, 1)
+        sizes = (width, *hidden, 1)
         self.weights = nn.ParameterList(torch.empty(H, i, o) for i, o in pairwise(sizes))
         self.biases = nn.ParameterList(torch.zeros(H, 1, o) for o in sizes[1:])
         for w in self.weights:
             for head in w:
                 nn.init.xavier_uniform_(head)
 
-    def forward(self, s: Tensor, a: Tensor) -> Tensor:
+    def forward(self, s_a: Tensor) -> Tensor:
         *hidden, (w_out, b_out) = zip(self.weights, self.biases)
-        x = torch.cat([s, a], -1).expand(len(w_out), -1, -1)  # (H, B, S + A)
+        x = s_a.expand(len(w_out), -1, -1)  # (H, B, S + A)
         for w, b in hidden:
             x = mish(torch.baddbmm(b, x, w))  # (H, B, width)
         return torch.baddbmm(b_out, x, w_out).squeeze(-1)  # (H, B)
@@ -254,7 +255,7 @@ class Critics(nn.Module):
 
 def mish(x: Tensor) -> Tensor:
     """x tanh(softplus(x)) = x n / (n + 2), n = e^x (e^x + 2): one exponential where F.mish takes three functions.
-    On a CPU it is half of the time of an update, hence the rule below; without gradients it overwrites x."""
+    On a CPU it is half of the time of an update, hence Mish below; without gradients it overwrites x."""
     if torch.compiler.is_compiling():
         e = x.clamp(max=20).exp()
         return x * (e * (e + 2) / (e * (e + 2) + 2))
@@ -305,10 +306,10 @@ def value_scale(q: Tensor) -> Tensor:
     return q.abs().mean() + 1e-6
 
 
-def value_gradient(critics: Critics, s: Tensor, x_t: Tensor, C: Tensor) -> Tensor:
+def value_gradient(q: Heads, s: Tensor, x_t: Tensor, C: Tensor) -> Tensor:
     """g = grad_{x_t} [ mean_h Qbar_h(s, x_t) ] / C,  (B, A), at the noisy and unclipped x_t."""
     x_t = x_t.detach().requires_grad_()
-    return torch.autograd.grad(critics(s, x_t).mean(0).sum(), x_t)[0] / C
+    return torch.autograd.grad(q(torch.cat([s, x_t], -1)).mean(0).sum(), x_t)[0] / C
 
 
 def actor_loss(e: Tensor, eps: Tensor, g: Tensor, t: Tensor, eta: Tensor, sched, guidance: str):
@@ -350,18 +351,20 @@ def critic_loss(q: Tensor, y: Tensor) -> Tensor:
 
 
 # --- sampler ----------------------------------------------------------------------------------------------
-def sample(actor: NoiseNet, s: Tensor, x: Tensor, z: Tensor, sched, clip: bool = True) -> Tensor:
-    """Reverse chain t = T..1 with noise sqrt(beta_t), not the posterior's.  s (B, S);  x (B, A) start,
-    ~ N(0, I);  z (T + 1, B, A), row t the noise of step t (0, 1 unused).   Returns (B, A); with clip in [-1, 1]."""
+def sample(actor: NoiseNet, s: Tensor, x: Tensor, noise: Tensor, sched, clip: bool = True) -> Tensor:
+    """Reverse chain t = T..1 with noise sqrt(beta_t), not the posterior's.  s (B, S);  x (B, A) start and noise
+    (T + 1, B, A), both ~ N(0, I), row t the noise of step t (0, 1 unused);  sched: its numbers are constants here.
+    Returns (B, A); with clip in [-1, 1]."""
+    beta, alpha, alpha_bar = sched.floats
     for t in range(sched.T, 0, -1):
-        ab, ab_prev, alpha, beta = sched.alpha_bar[t], sched.alpha_bar[t - 1], sched.alpha[t], sched.beta[t]
-        e = actor(s, x, torch.full((1,), t, device=x.device))
-        x_0 = (x - (1 - ab).sqrt() * e) / ab.sqrt()
+        ab, ab_prev = alpha_bar[t], alpha_bar[t - 1]
+        eps_hat = actor(s, x, torch.full((1,), t, device=x.device))
+        x_0 = (x - (1 - ab) ** 0.5 * eps_hat) / ab**0.5
         if clip:
             x_0 = x_0.clamp(-1, 1)
-        x = (ab_prev.sqrt() * beta * x_0 + alpha.sqrt() * (1 - ab_prev) * x) / (1 - ab)  # x_0 itself at t = 1
+        x = (ab_prev**0.5 * beta[t] * x_0 + alpha[t] ** 0.5 * (1 - ab_prev) * x) / (1 - ab)  # x_0 itself at t = 1
         if t > 1:
-            x = x + beta.sqrt() * z[t]
+            x = x + beta[t] ** 0.5 * noise[t]
     return x
 
 
@@ -371,19 +374,30 @@ def draw(actor: NoiseNet, s: Tensor, A: int, sched, clip: bool = True) -> Tensor
     return sample(actor, s, x, torch.randn(sched.T + 1, len(s), A, device=s.device), sched, clip)
 
 
-def make_act(args: Args, actor: NoiseNet, critics_target: Critics, A: int, sched):
-    """act(s): N_a candidates of the online actor, argmax (or softmax) of mean_h Qbar_h.   (E, S) -> (E, A)"""
+def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
+    """Of n actions per state the one of the largest q, or one drawn with probability softmax(q / temperature).
+    a (E n, A), q (E n,) -> (E, A)"""
+    a, q = a.view(-1, n, a.shape[-1]), q.view(-1, n)
+    k = (q / temperature).softmax(-1).multinomial(1).squeeze(1) if temperature > 0 else q.argmax(-1)  # (E,)
+    return a[torch.arange(len(a), device=a.device), k]
+
+
+def make_act(args: Args, agent: Agent, A: int):
+    """act(s): N_a candidates of the online actor, of which the ensemble mean selects.  (E, S) -> (E, A)"""
+    sched, samplers = vp_schedule(args.T), {}
+
+    def sampler(s: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        return sample(agent.actor, s, x, noise, sched, args.clip_x0)
 
     @torch.no_grad()
     def act(s: Tensor) -> Tensor:
         s_n = s.repeat_interleave(args.N_a, 0)  # (E N_a, S)
-        a = draw(actor, s_n, A, sched, args.clip_x0)  # (E N_a, A)
-        q = critics_target(s_n, a).mean(0).view(len(s), args.N_a)  # (E, N_a)
-        if args.temperature > 0:
-            n = (q / args.temperature).softmax(-1).multinomial(1)  # (E, 1)
-        else:
-            n = q.argmax(-1, keepdim=True)
-        return a.view(len(s), args.N_a, A).gather(1, n[..., None].expand(-1, -1, A)).squeeze(1)
+        n, device = len(s_n), s.device
+        if n not in samplers:  # one recording per number of rows
+            samplers[n] = accelerate(sampler, replace(args, compile="off"), device)
+        x, noise = torch.randn(n, A, device=device), torch.randn(sched.T + 1, n, A, device=device)
+        a = samplers[n](s_n, x, noise)  # (E N_a, A)
+        return a.clone() if args.N_a == 1 else select(a, agent.judge(s_n, a), args.N_a, args.temperature)
 
     return act
 
@@ -395,82 +409,93 @@ class Agent:
 
     actor: NoiseNet
     actor_target: NoiseNet
-    critics: Critics
-    critics_target: Critics
+    q: Heads
+    q_target: Heads
     actor_opt: torch.optim.Optimizer
-    critic_opt: torch.optim.Optimizer
+    q_opt: torch.optim.Optimizer
     eta: Tensor
     step: Tensor
 
+    def judge(self, s: Tensor, a: Tensor) -> Tensor:
+        """mean_h Qbar_h(s, a).   (B, S), (B, A) -> (B,)"""
+        return self.q_target(torch.cat([s, a], -1)).mean(0)
+
 
 def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
-    actor, critics = NoiseNet(S, A, args.hidden).to(device), Critics(S, A, args.hidden, args.H).to(device)
-
-    def adam(net, lr):  # lr is a tensor: the update changes it in place, also inside a graph
-        lr = torch.tensor(lr, device=device)
-        return torch.optim.Adam(net.parameters(), lr, fused=True, capturable=device.type == "cuda")
-
+    actor, q = NoiseNet(S, A, args.hidden).to(device), Heads(S + A, args.hidden, args.H).to(device)
     return Agent(
-        actor=actor,
-        actor_target=deepcopy(actor).requires_grad_(False),
-        critics=critics,
-        critics_target=deepcopy(critics).requires_grad_(False),
-        actor_opt=adam(actor, args.actor_lr),
-        critic_opt=adam(critics, args.critic_lr),
-        eta=torch.tensor(args.eta, device=device),
-        step=torch.zeros((), device=device, dtype=torch.float64),
-    )
+        actor=actor, actor_target=deepcopy(actor).requires_grad_(False), q=q,
+        q_target=deepcopy(q).requires_grad_(False), actor_opt=adam(actor.parameters(), args.actor_lr),
+        q_opt=adam(q.parameters(), args.critic_lr),
+        eta=torch.tensor(args.eta, device=device), step=torch.zeros((), device=device, dtype=torch.float64),
+    )  # fmt: skip
 
 
-def make_update(args: Args, agent: Agent, data, sched):
+def adam(params, lr: float, kind=torch.optim.Adam, **options) -> torch.optim.Optimizer:
+    """Its learning rate is a tensor: an update changes it in place, also inside a graph."""
+    params = list(params)
+    device = (params[0]["params"][0] if isinstance(params[0], dict) else params[0]).device
+    lr = torch.tensor(lr, device=device)
+    return kind(params, lr, fused=True, capturable=device.type == "cuda", **options)
+
+
+def anneal(opt: torch.optim.Optimizer, lr: float, done: Tensor, lr_end: float = 0.0) -> None:
+    """The learning rate goes from lr to lr_end lr by a cosine; done (0-d, 0..1) is the share of the stage."""
+    opt.param_groups[0]["lr"].copy_(lr * (lr_end + (1 - lr_end) * 0.5 * (1 + torch.cos(math.pi * done))))
+
+
+def descend(loss: Tensor, opt: torch.optim.Optimizer, clip_norm: float = 0.0) -> Tensor | None:
+    """One step.  clip_norm bounds the norm of the whole gradient; returned is the norm before that."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip_norm) if clip_norm else None
+    opt.step()
+    return norm
+
+
+def make_update(args: Args, agent: Agent, data):
     """update(): one step of the critic, its target, the actor and eta, in this order; draws on the device and
     returns 0-d tensors.  update_ema(): one step of the target actor, called by the loop when it is due."""
-    actor, critics, critics_target = agent.actor, agent.critics, agent.critics_target
+    actor, q, q_target, sched = agent.actor, agent.q, agent.q_target, vp_schedule(args.T).to(data.a.device)
     B, N, A, device = args.batch_size, args.N, data.a.shape[1], data.a.device
     one_step = bool(data.terminal.all())  # bandits: y = r, no next action is drawn
     rows = B if device.type == "cpu" else B * N  # a CPU is a fifth faster on blocks that stay in cache (docs/speed.md)
 
-    def descend(loss, net, opt, lr):
-        cosine = 0.5 * (1 + torch.cos(math.pi * agent.step / args.steps))  # 1 -> 0
-        opt.param_groups[0]["lr"].copy_(lr * cosine)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-        opt.step()
-
     def update() -> dict[str, Tensor]:
         i = torch.randint(len(data), (B,), device=device)  # [D1]
         s, a, r, s_next, terminal = data.s[i], data.a[i], data.r[i], data.s_next[i], data.terminal[i]
+        s_a = torch.cat([s, a], -1)
+        for opt, lr in ((agent.q_opt, args.critic_lr), (agent.actor_opt, args.actor_lr)):
+            anneal(opt, lr, agent.step / args.steps)
 
         # --- critic: target actor and target critics as they stand before this step ---
         with torch.no_grad():
             y = r
             if not one_step:
                 s_n = s_next.repeat_interleave(N, 0)  # (B N, S)
-                a_n = draw(agent.actor_target, s_n, A, sched)  # (B N, A)
-                q_n = torch.cat([critics_target(*k) for k in zip(s_n.split(rows), a_n.split(rows))], 1)  # (H, B N)
-                q_n = q_n.view(-1, B, N)
+                s_a_n = torch.cat([s_n, draw(agent.actor_target, s_n, A, sched)], -1)  # (B N, S + A)
+                q_n = torch.cat([q_target(x) for x in s_a_n.split(rows)], 1).view(-1, B, N)  # (H, B, N)
                 y = critic_target(q_n, r, terminal, args.discount, args.rho, args.target, args.next_value)
-        q = critics(s, a)  # (H, B)
-        loss_q = critic_loss(q, y)
-        descend(loss_q, critics, agent.critic_opt, args.critic_lr)
-        average(critics_target, critics, args.polyak)
+        q_a = q(s_a)  # (H, B)
+        loss_q = critic_loss(q_a, y)
+        descend(loss_q, agent.q_opt, args.clip_norm)
+        average(q_target, q, args.polyak)
 
         # --- actor: the new target critics ---
         t = torch.randint(1, sched.T + 1, (B,), device=device)
         eps = torch.randn_like(a)
         x_t = diffuse(a, t, eps, sched)
-        e = actor(s, x_t, t)  # (B, A)
+        eps_hat = actor(s, x_t, t)  # (B, A)
         with torch.no_grad():
-            C = value_scale(critics_target(s, a))
+            C = value_scale(q_target(s_a))
         g = torch.zeros_like(a)
         if args.guidance in ("soft", "hard"):
-            g = value_gradient(critics_target, s, x_t, C)
-        loss_pi, bc, push = actor_loss(e, eps, g, t, agent.eta, sched, args.guidance)
+            g = value_gradient(q_target, s, x_t, C)
+        loss_pi, bc, push = actor_loss(eps_hat, eps, g, t, agent.eta, sched, args.guidance)
         if args.guidance == "denoised":
-            push = denoised_guidance(critics_target(s, draw(actor, s, A, sched)), C)
+            push = denoised_guidance(q_target(torch.cat([s, draw(actor, s, A, sched)], -1)), C)
             loss_pi = loss_pi + push
-        descend(loss_pi, actor, agent.actor_opt, args.actor_lr)
+        descend(loss_pi, agent.actor_opt, args.clip_norm)
 
         # --- eta: the error of the actor just updated, on the same noise ---
         if args.eta_lr > 0 and args.guidance != "none":
@@ -478,11 +503,10 @@ def make_update(args: Args, agent: Agent, data, sched):
                 bc_new = (actor(s, x_t, t) - eps).square().mean()
                 agent.eta.copy_(dual_step(agent.eta, bc_new, args.b, args.eta_lr))
         agent.step += 1
-        losses = {"critic": loss_q, "actor": loss_pi, "bc": bc, "guidance": push, "C": C}
-        losses |= {"eta": agent.eta.clone()}
-        losses |= {"q_mean": q.mean(), "q_std": q.std(0, correction=0).mean(), "grad_q": g.abs().mean()}
+        losses = {"critic": loss_q, "actor": loss_pi, "bc": bc, "guidance": push, "C": C, "eta": agent.eta.clone()}
+        losses |= {"q_mean": q_a.mean(), "q_std": q_a.std(0, correction=0).mean(), "grad_q": g.abs().mean()}
         lr = agent.actor_opt.param_groups[0]["lr"].clone()
-        return {f"losses/{k}": v.detach() for k, v in losses.items()} | {"charts/lr": lr}
+        return {f"losses/{k}": x.detach() for k, x in losses.items()} | {"charts/lr": lr}
 
     def update_ema() -> None:
         average(agent.actor_target, actor, args.polyak)
@@ -768,7 +792,7 @@ class Run:
 
     def save(self, losses: dict[str, Tensor]) -> None:
         nets = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
-        self.check(losses | {f"weights of {k}": sum(p.sum() for p in v.parameters()) for k, v in nets.items()})
+        self.check(losses | {f"weights of {k}": sum(x.sum() for x in v.state_dict().values()) for k, v in nets.items()})
         save(self.folder / "last.pt", self.state, self.progress, self.args)
 
     def evaluate(self, act, step: int, episodes: int) -> None:
@@ -801,8 +825,8 @@ class Run:
         values = [[float(row[key]) for row in self.rows if int(row["step"]) == step] for step in steps]
         return np.array(steps), np.array([np.mean(v) for v in values]), np.array([np.std(v) for v in values])
 
-    def finish(self, data_average: float) -> None:
-        """result.json, curve.png and the last line."""
+    def finish(self, data_returns: np.ndarray, act) -> None:
+        """result.json, curve.png, the video if asked for, and the last line."""
         step = self.progress["step"]
         final = [row for row in self.rows if int(row["step"]) == step]
         returns = np.array([float(row["return"]) for row in final])
@@ -815,7 +839,12 @@ class Run:
         result["train_seconds"] = sum(self.progress["seconds"].values())
         result["eval_seconds"] = self.progress["eval_seconds"]
         self.write("result.json", json.dumps(result | {"device": device_name(self.device)}, indent=2))
-        plot_curve(self, data_average)
+        data_scores = normalized_score(self.args.env, data_returns)
+        plot_curve(self, float((data_returns if data_scores is None else data_scores).mean()))
+        if self.args.video:
+            record(act, self.args, self.device)
+        if self.args.env == "pendulum-demo":
+            print(f"next: python {METHOD}.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
         print(summary(self.args, returns, step))
 
 
@@ -919,6 +948,17 @@ def off_support(env: str, a: Tensor) -> float:
     return float((torch.cdist(a, TOYS[env].centres).amin(-1) > 3 * TOYS[env].spread).float().mean())
 
 
+def announce(args, data, returns: np.ndarray, device: torch.device) -> None:
+    """What is trained on, and every setting."""
+    scores = normalized_score(args.env, returns)
+    average = f"average return {returns.mean():.1f}"
+    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
+    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
+    if args.env not in PRESETS:
+        print(f"note: no preset for {args.env}: general settings of the paper, see below")
+    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+
+
 def task_sizes(args) -> tuple[int, int]:
     """Observation and action sizes of the evaluation task; if it cannot be made, the run ends before a download."""
     if args.env in TOYS:
@@ -937,7 +977,7 @@ def check_task(task: tuple[int, int], S: int, A: int) -> None:
 
 # --- main -------------------------------------------------------------------------------------------------
 def agent_state(agent: Agent) -> dict:
-    return {f.name: getattr(agent, f.name) for f in fields(agent)}
+    return {f.name: getattr(agent, f.name) for f in fields(agent) if getattr(agent, f.name) is not None}
 
 
 def main(args: Args) -> None:
@@ -949,26 +989,19 @@ def main(args: Args) -> None:
 
     task = task_sizes(args)
     data = load_dataset(args.env, args.data_path, args.data_url).to(device)
-    check_task(task, data.s.shape[1], data.a.shape[1])
+    S, A = data.s.shape[1], data.a.shape[1]
+    check_task(task, S, A)
     returns = data.returns().cpu().numpy()  # as stored
-    scores = normalized_score(args.env, returns)
     factor = reward_scale(data) if args.reward_scale == "range" else 1.0
     data.r = factor * (data.r + args.reward_shift)  # not in place: common.py keeps a toy's tensors
-    data.a = data.a.clamp(-(1 - 1e-5), 1 - 1e-5)
+    data.a = data.a.clamp(-1 + 1e-5, 1 - 1e-5)  # as released
 
-    S, A = data.s.shape[1], data.a.shape[1]
-    sched = vp_schedule(args.T).to(device)
     agent = make_agent(args, S, A, device)
     run = Run(args, agent_state(agent), device)
-    average = f"average return {returns.mean():.1f}"
-    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
-    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
-    if args.env not in PRESETS:
-        print(f"note: no preset for {args.env}: general settings of the paper, see below")
-    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+    announce(args, data, returns, device)
 
-    update, update_ema = (accelerate(fn, args, device) for fn in make_update(args, agent, data, sched))
-    act = make_act(args, agent.actor, agent.critics_target, A, sched)
+    update, update_ema = (accelerate(fn, args, device) for fn in make_update(args, agent, data))
+    act = make_act(args, agent, A)
 
     def step(i: int) -> dict[str, Tensor]:
         losses = update()
@@ -979,18 +1012,19 @@ def main(args: Args) -> None:
     run.train("train", args.steps, step, act)
 
     if args.env in TOYS:
-        with torch.no_grad():
-            samples = act(torch.zeros(2000, 1, device=device))
+        toy_figure(args, agent, data, run.folder, act)
+    run.finish(returns, act)
 
-            def value(a):
-                return agent.critics_target(torch.zeros(len(a), 1, device=device), a).mean(0)
 
-            plot_toy(run.folder / "samples.png", args.env, data, value, samples)
-    if args.env == "pendulum-demo":
-        print("next: python dac.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
-    if args.video:
-        record(act, args, device)
-    run.finish(float((returns if scores is None else scores).mean()))
+@torch.no_grad()
+def toy_figure(args: Args, agent: Agent, data, folder: Path, act) -> None:
+    """samples.png"""
+    s = torch.zeros(2000, 1, device=data.a.device)
+
+    def value(a: Tensor) -> Tensor:
+        return agent.judge(s[:1].expand(len(a), -1), a)
+
+    plot_toy(folder / "samples.png", args.env, data, value, act(s))
 
 
 def seed_all(seed: int) -> None:
@@ -1004,17 +1038,17 @@ def load_policy(folder: str | Path, device: str = "auto", env: str | None = None
     """The last policy of a run folder: act(s), observations (E, S) on the device -> actions (E, A); the arguments of
     the run, with `settings` (those of --eval-only and more) in their place; the gradient step it stands at."""
     content = load(Path(folder) / "last.pt", env)
-    lists = {k: tuple(v) for k, v in content["args"].items() if isinstance(v, list)}
-    args = resolve(replace(Args(**(content["args"] | lists)), device=device, **settings))
-    device = pick_device(args)
-    sizes = [v.shape for v in content["state"]["actor"].values()]
-    S_A, A = content["state"]["critics"]["weights.0"].shape[1], sizes[-1][0]
-    S = S_A - A
-    check_task(task_sizes(args), S, A)
+    if content["progress"]["stage"] != "train":
+        raise UserError(f"{folder} has no policy yet, its main stage has not begun: continue with --resume")
+    args = resolve(replace(Args(**content["args"]), device=device, **settings))
+    device, (S, A) = pick_device(args), task_sizes(args)
     agent = make_agent(args, S, A, device)
-    restore(agent_state(agent), content)
-    act = make_act(args, agent.actor, agent.critics_target, A, vp_schedule(args.T).to(device))
-    return act, args, content["progress"]["step"]
+    try:
+        restore(agent_state(agent), content)
+    except RuntimeError as error:
+        sizes = f"observations of {S} numbers and actions of {A}"
+        raise UserError(f"{folder}: its data is not of the task, {sizes}; check --env and --eval-env") from error
+    return make_act(args, agent, A), args, content["progress"]["step"]
 
 
 def reevaluate(args: Args) -> None:

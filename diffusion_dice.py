@@ -342,13 +342,6 @@ def score_loss(score: Tensor, eps: Tensor, t: Tensor, sde: VPSDE) -> Tensor:
     return (sde.sigma(t)[:, None] * score + eps).square().sum(-1).mean()
 
 
-def f_divergence(x: Tensor, f: str) -> Tensor:
-    """f(x), infinite for x < 0.  Eq. (7):  (x - 1)^2 for x >= 1, x log x - x + 1 below."""
-    square, entropy = (x - 1).square(), torch.xlogy(x, x.clamp(min=0)) - x + 1
-    y = {"piecewise": torch.where(x >= 1, square, entropy), "reverse-kl": entropy, "pearson": square}[f]
-    return torch.where(x >= 0, y, math.inf)
-
-
 def conjugate(y: Tensor, f: str) -> Tensor:
     """f*(y) = max_{x >= 0} x y - f(x).  Eq. (7):  y^2/4 + y for y >= 0, e^y - 1 below."""
     if f == "reverse-kl":
@@ -443,11 +436,12 @@ def sample(score: ScoreNet, guidance, s: Tensor, x: Tensor, kappa: float, nfe: i
     return dpm_solver(x_0, x, sde, nfe)
 
 
-def select(q: Tensor, temperature: float) -> Tensor:
-    """Eq. (8): index of the largest Q of a row, or drawn with probability softmax(Q / temperature).  (E, K) -> (E,)"""
-    if temperature > 0:
-        return (q / temperature).softmax(-1).multinomial(1).squeeze(1)
-    return q.argmax(-1)
+def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
+    """Of n actions per state the one of the largest q, or one drawn with probability softmax(q / temperature).
+    a (E n, A), q (E n,) -> (E, A)"""
+    a, q = a.view(-1, n, a.shape[-1]), q.view(-1, n)
+    k = (q / temperature).softmax(-1).multinomial(1).squeeze(1) if temperature > 0 else q.argmax(-1)  # (E,)
+    return a[torch.arange(len(a), device=a.device), k]
 
 
 def make_act(args: Args, agent: Agent, A: int):
@@ -460,13 +454,11 @@ def make_act(args: Args, agent: Agent, A: int):
     @torch.no_grad()
     def act(s: Tensor) -> Tensor:
         s_k = s.repeat_interleave(args.K, 0)  # (E K, S)
-        if len(s_k) not in samplers:  # one recording per number of rows
-            samplers[len(s_k)] = accelerate(sampler, replace(args, compile="off"), s.device)
-        a = samplers[len(s_k)](s_k, torch.randn(len(s_k), A, device=s.device))
-        if args.K == 1:
-            return a.clone()
-        k = select(agent.judge(s_k, a).view(len(s), args.K), args.temperature)  # (E,)
-        return a.view(len(s), args.K, A)[torch.arange(len(s), device=s.device), k]
+        n, device = len(s_k), s.device
+        if n not in samplers:  # one recording per number of rows
+            samplers[n] = accelerate(sampler, replace(args, compile="off"), device)
+        a = samplers[n](s_k, torch.randn(n, A, device=device))  # (E K, A)
+        return a.clone() if args.K == 1 else select(a, agent.judge(s_k, a), args.K, args.temperature)  # (8)
 
     return act
 
@@ -503,31 +495,38 @@ def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
     ensemble = Heads(S + A, args.hidden, args.H, fan="out").to(device) if args.H else None
     guidance = GuidanceNet(S, A, args.guidance_hidden, args.guidance_activation, args.time_scale).to(device)
 
-    def adam(kind, net, lr, **options):  # lr is a tensor: the update changes it in place, also inside a graph
-        lr = torch.tensor(lr, device=device)
-        return kind(net.parameters(), lr, fused=True, capturable=device.type == "cuda", **options)
-
     def adamw(net):
-        return adam(torch.optim.AdamW, net, args.lr, weight_decay=args.weight_decay)
+        return adam(net.parameters(), args.lr, torch.optim.AdamW, weight_decay=args.weight_decay)
 
     return Agent(
         score=score, value=value, q=q, q_target=deepcopy(q).requires_grad_(False), ensemble=ensemble, guidance=guidance,
-        score_opt=adam(torch.optim.Adam, score, args.behavior_lr), value_opt=adamw(value), q_opt=adamw(q),
+        score_opt=adam(score.parameters(), args.behavior_lr), value_opt=adamw(value), q_opt=adamw(q),
         ensemble_opt=adamw(ensemble) if args.H else None, guidance_opt=adamw(guidance),
         behavior_step=torch.zeros((), device=device, dtype=torch.float64),
         step=torch.zeros((), device=device, dtype=torch.float64),
     )  # fmt: skip
 
 
-def anneal(opt: torch.optim.Optimizer, lr: float, done: Tensor, lr_end: float) -> None:
+def adam(params, lr: float, kind=torch.optim.Adam, **options) -> torch.optim.Optimizer:
+    """Its learning rate is a tensor: an update changes it in place, also inside a graph."""
+    params = list(params)
+    device = (params[0]["params"][0] if isinstance(params[0], dict) else params[0]).device
+    lr = torch.tensor(lr, device=device)
+    return kind(params, lr, fused=True, capturable=device.type == "cuda", **options)
+
+
+def anneal(opt: torch.optim.Optimizer, lr: float, done: Tensor, lr_end: float = 0.0) -> None:
     """The learning rate goes from lr to lr_end lr by a cosine; done (0-d, 0..1) is the share of the stage."""
     opt.param_groups[0]["lr"].copy_(lr * (lr_end + (1 - lr_end) * 0.5 * (1 + torch.cos(math.pi * done))))
 
 
-def descend(loss: Tensor, opt: torch.optim.Optimizer) -> None:
+def descend(loss: Tensor, opt: torch.optim.Optimizer, clip_norm: float = 0.0) -> Tensor | None:
+    """One step.  clip_norm bounds the norm of the whole gradient; returned is the norm before that."""
     opt.zero_grad(set_to_none=True)
     loss.backward()
+    norm = nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip_norm) if clip_norm else None
     opt.step()
+    return norm
 
 
 def draw_t(B: int, device: torch.device) -> Tensor:
@@ -913,7 +912,7 @@ class Run:
 
     def save(self, losses: dict[str, Tensor]) -> None:
         nets = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
-        self.check(losses | {f"weights of {k}": sum(p.sum() for p in v.parameters()) for k, v in nets.items()})
+        self.check(losses | {f"weights of {k}": sum(x.sum() for x in v.state_dict().values()) for k, v in nets.items()})
         save(self.folder / "last.pt", self.state, self.progress, self.args)
 
     def evaluate(self, act, step: int, episodes: int) -> None:
@@ -946,8 +945,8 @@ class Run:
         values = [[float(row[key]) for row in self.rows if int(row["step"]) == step] for step in steps]
         return np.array(steps), np.array([np.mean(v) for v in values]), np.array([np.std(v) for v in values])
 
-    def finish(self, data_average: float) -> None:
-        """result.json, curve.png and the last line."""
+    def finish(self, data_returns: np.ndarray, act) -> None:
+        """result.json, curve.png, the video if asked for, and the last line."""
         step = self.progress["step"]
         final = [row for row in self.rows if int(row["step"]) == step]
         returns = np.array([float(row["return"]) for row in final])
@@ -960,7 +959,12 @@ class Run:
         result["train_seconds"] = sum(self.progress["seconds"].values())
         result["eval_seconds"] = self.progress["eval_seconds"]
         self.write("result.json", json.dumps(result | {"device": device_name(self.device)}, indent=2))
-        plot_curve(self, data_average)
+        data_scores = normalized_score(self.args.env, data_returns)
+        plot_curve(self, float((data_returns if data_scores is None else data_scores).mean()))
+        if self.args.video:
+            record(act, self.args, self.device)
+        if self.args.env == "pendulum-demo":
+            print(f"next: python {METHOD}.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
         print(summary(self.args, returns, step))
 
 
@@ -1064,6 +1068,17 @@ def off_support(env: str, a: Tensor) -> float:
     return float((torch.cdist(a, TOYS[env].centres).amin(-1) > 3 * TOYS[env].spread).float().mean())
 
 
+def announce(args, data, returns: np.ndarray, device: torch.device) -> None:
+    """What is trained on, and every setting."""
+    scores = normalized_score(args.env, returns)
+    average = f"average return {returns.mean():.1f}"
+    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
+    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
+    if args.env not in PRESETS:
+        print(f"note: no preset for {args.env}: general settings of the paper, see below")
+    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+
+
 def task_sizes(args) -> tuple[int, int]:
     """Observation and action sizes of the evaluation task; if it cannot be made, the run ends before a download."""
     if args.env in TOYS:
@@ -1115,19 +1130,14 @@ def borrow(args: Args, agent: Agent) -> None:
 
 
 def exact_samples(args: Args, scaled, n: int, seed: int) -> Tensor:
-    """(n, 2) of pi* ~ w p_data on a toy: Q is the scaled mean reward, V solves E[w] = c by bisection."""
+    """(n, 2) of pi* ~ w p_data on a toy: Q is the scaled mean reward, V solves E[w] = c, found by bisection."""
     toy, data = TOYS[args.env], common.toy_dataset(args.env)
     r = toy.reward(data.a[: toy.rows]) if toy.noise else data.r  # without the noise
     r = scaled(r).double()
-
-    def excess(v: float) -> float:
-        return float(ratio(r, torch.tensor(v), args.alpha, args.f).mean()) - args.v_coefficient
-
     low, high = float(r.min()) - 100 * args.alpha, float(r.max()) + 100 * args.alpha
     for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    v = torch.tensor(low)
+        v = (low + high) / 2
+        low, high = (v, high) if ratio(r, v, args.alpha, args.f).mean() > args.v_coefficient else (low, v)
     return common.reweighted_samples(args.env, n, lambda r: ratio(scaled(r), v, args.alpha, args.f), seed)
 
 
@@ -1140,9 +1150,9 @@ def main(args: Args) -> None:
 
     task = task_sizes(args)
     data = load_dataset(args.env, args.data_path, args.data_url).to(device)
-    check_task(task, data.s.shape[1], data.a.shape[1])
+    S, A = data.s.shape[1], data.a.shape[1]
+    check_task(task, S, A)
     returns = data.returns().cpu().numpy()  # as stored
-    scores = normalized_score(args.env, returns)
     scale = {"windows": lambda: window_scale(data.r, data.terminal), "range": lambda: reward_scale(data)}
     factor = scale.get(args.reward_scale, lambda: 1.0)()
 
@@ -1151,7 +1161,6 @@ def main(args: Args) -> None:
 
     data.r = scaled(data.r)  # not in place: common.py keeps a toy's tensors
 
-    S, A = data.s.shape[1], data.a.shape[1]
     agent = make_agent(args, S, A, device)
     borrowed = args.pretrained and not (args.resume and (run_folder(args) / "last.pt").exists())
     if borrowed:  # before the run's folder is touched
@@ -1159,12 +1168,7 @@ def main(args: Args) -> None:
     run = Run(args, agent_state(agent), device)
     if borrowed:
         run.progress["done"].append("behavior")
-    average = f"average return {returns.mean():.1f}"
-    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
-    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
-    if args.env not in PRESETS:
-        print(f"note: no preset for {args.env}: general settings of the paper, see below")
-    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+    announce(args, data, returns, device)
 
     update_behavior = accelerate(make_behavior_update(args, agent, data), args, device)
     run.train("behavior", args.behavior_steps, lambda i: update_behavior())
@@ -1175,27 +1179,24 @@ def main(args: Args) -> None:
 
     if args.env in TOYS:
         toy_figure(args, agent, data, run.folder, act, scaled)
-    if args.env == "pendulum-demo":
-        print("next: python diffusion_dice.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
-    if args.video:
-        record(act, args, device)
-    run.finish(float((returns if scores is None else scores).mean()))
+    run.finish(returns, act)
 
 
 @torch.no_grad()
 def toy_figure(args: Args, agent: Agent, data, folder: Path, act, scaled) -> None:
     """samples.png, and how far guided samples (kappa 1, K 1) are from exact ones of pi*."""
-    s = torch.zeros(4000, 1, device=data.a.device)
-    guide = make_act(replace(args, kappa=1.0, K=1), agent, 2)
-    exact, floor = exact_samples(args, scaled, len(s), 1), exact_samples(args, scaled, len(s), 2)
-    distance, least = common.energy_distance(guide(s).cpu(), exact), common.energy_distance(floor, exact)
-    note = f"distance to exact: {distance:.4f} at kappa 1, K 1"
+    s, note = torch.zeros(4000, 1, device=data.a.device), ""
     if args.guidance == "igl":  # cep aims at another target, none has no g
+        guided = make_act(replace(args, kappa=1.0, K=1), agent, 2)(s).cpu()
+        exact, floor = exact_samples(args, scaled, len(s), 1), exact_samples(args, scaled, len(s), 2)
+        distance, least = common.energy_distance(guided, exact), common.energy_distance(floor, exact)
+        note = f"distance to exact: {distance:.4f} at kappa 1, K 1"
         print(f"energy {note}; between two exact sample sets {least:.4f}")
-    else:
-        note = ""
-    judge = lambda a: agent.judge(s[:1].expand(len(a), -1), a)  # noqa: E731
-    plot_toy(folder / "samples.png", args.env, data, judge, act(s[:2000]), note)
+
+    def value(a: Tensor) -> Tensor:
+        return agent.judge(s[:1].expand(len(a), -1), a)
+
+    plot_toy(folder / "samples.png", args.env, data, value, act(s[:2000]), note)
 
 
 def seed_all(seed: int) -> None:
@@ -1211,13 +1212,14 @@ def load_policy(folder: str | Path, device: str = "auto", env: str | None = None
     content = load(Path(folder) / "last.pt", env)
     if content["progress"]["stage"] != "train":
         raise UserError(f"{folder} has no policy yet, its main stage has not begun: continue with --resume")
-    lists = {k: tuple(v) for k, v in content["args"].items() if isinstance(v, list)}
-    args = resolve(replace(Args(**(content["args"] | lists)), device=device, **settings))
-    device = pick_device(args)
-    S, A = content["state"]["score"]["state.weight"].shape[1], content["state"]["score"]["out.weight"].shape[0]
-    check_task(task_sizes(args), S, A)
+    args = resolve(replace(Args(**content["args"]), device=device, **settings))
+    device, (S, A) = pick_device(args), task_sizes(args)
     agent = make_agent(args, S, A, device)
-    restore(agent_state(agent), content)
+    try:
+        restore(agent_state(agent), content)
+    except RuntimeError as error:
+        sizes = f"observations of {S} numbers and actions of {A}"
+        raise UserError(f"{folder}: its data is not of the task, {sizes}; check --env and --eval-env") from error
     return make_act(args, agent, A), args, content["progress"]["step"]
 
 

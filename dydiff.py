@@ -6,7 +6,7 @@ on these states, and repeats. The better rollouts join the data of any offline a
 
     diffusion  D_theta(x; sigma)   states and actions, EDM, conditions written over      edm_loss (4), draw_states (7)
     dynamics   T_psi(s, a)         ensemble of Gaussian models, five elites              ensemble_loss (5)
-    reward     r_xi(s, a)          regression                                            main (10)
+    reward     r_xi(s, a)          regression                                   train_regressions (10)
     rollout    s_{t+1} = T_psi(s_t, pi(s_t)); M times: states of D_theta, actions      autoregress (6), correct (7)-(9)
     filter     the share eta with the largest sums of predicted rewards                  keep (11)
     policy     td3bc, cql or diffql on real and synthetic transitions                    make_base_update
@@ -19,10 +19,11 @@ Differences from the authors' code, each tagged where it happens (reasons and ef
   [D5] D4RL's locomotion is evaluated in gymnasium's -v4 tasks (common.ENV_IDS)
   [D7] a generated state is tested for termination before it is clipped to the data's range, else none ever ends
   [D8] demos: a generated row that is padding ends its trajectory
-  [D9] demos: conditions enter the network unscaled and are written again after the churn
+  [D9] demos: conditions enter the network unscaled (and would be written again after a churn, which demos lack)
   [D10] ensemble and reward network: every network's best weights are restored; terminal rows, whose successor is the
         next episode's start, are left out of the ensemble's data; one-sided bound of hopper's rule mended
-Shapes: B batch, S state, A action, D = S + A, H rows of a window, E networks of the ensemble, b start states.
+Shapes: B batch, S state, A action, D = S + A, H rows of a window, E networks of the ensemble (in act and
+        evaluate: episodes), K candidates per state, b start states.
 Run:    python dydiff.py                          (pendulum, no download, minutes on a CPU)
         python dydiff.py --env hopper-medium-v2   (D4RL; the paper's sizes)
 """
@@ -326,7 +327,7 @@ class ResBlock(nn.Module):
         return self.second(h) + self.skip(x)
 
 
-def waves(x: Tensor, width: int) -> Tensor:
+def sinusoidal_embedding(x: Tensor, width: int) -> Tensor:
     """Sinusoidal features [sin, cos] of x, frequencies 1 to 1/10000.  (B,) -> (B, width)"""
     half = width // 2
     u = x[:, None] * torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))  # (B, width / 2)
@@ -353,7 +354,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(ConvBlock(w, w), nn.Conv1d(w, D, 1))
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        e = self.embed(waves(c_noise, self.width))  # (B, width)
+        e = self.embed(sinusoidal_embedding(c_noise, self.width))  # (B, width)
         x, kept = x.transpose(1, 2), []  # (B, D, H)
         for k, (first, second) in enumerate(self.down):
             x = second(first(x, e), e)
@@ -394,7 +395,7 @@ class Heads(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """T_psi: E Gaussian models of s' - s in the policy frame, of which the elites predict.  (B, S), (B, A)"""
+    """T_psi: E Gaussian models of s' - s in the policy frame, of which the elites predict."""
 
     def __init__(self, S: int, A: int, hidden: tuple[int, ...], E: int, elites: int):
         super().__init__()
@@ -402,7 +403,7 @@ class Ensemble(nn.Module):
         self.register_buffer("elites", torch.arange(elites))
 
     def forward(self, s_a: Tensor) -> tuple[Tensor, Tensor]:
-        """mean and log-variance of s' - s, the latter softly within [-10, 0.5].  (E, B, S) each"""
+        """mean and log-variance of s' - s, the latter softly within [-10, 0.5].  ([E,] B, S + A) -> (E, B, S) each"""
         mean, raw = self.heads(s_a).chunk(2, -1)
         return mean, -10 + F.softplus(0.5 - F.softplus(0.5 - raw) + 10)
 
@@ -442,14 +443,16 @@ class DiffusionPolicy(nn.Module):
 
     def __init__(self, S: int, A: int, hidden: tuple[int, ...], T: int = 5):
         super().__init__()
-        self.A, self.sched = A, common.vp_schedule(T)
-        self.register_buffer("alpha_bar", self.sched.alpha_bar)
+        self.A, self.T, sched = A, T, common.vp_schedule(T)
+        self.floats = sched.floats  # constants of a chain that is compiled or recorded
+        self.register_buffer("alpha_bar", sched.alpha_bar)
         self.time = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 16))
         layers = [layer for i, o in pairwise((A + 16 + S, *hidden)) for layer in (nn.Linear(i, o), nn.Mish())]
         self.net = nn.Sequential(*layers, nn.Linear(hidden[-1], A))
 
     def forward(self, a_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        e = self.time(waves((t - 1).float(), 16)).expand(len(s), -1)  # t in 1..T; the released code counts from 0
+        t = (t - 1).float()  # 1..T, of which the released code counts from 0
+        e = self.time(sinusoidal_embedding(t, 16)).expand(len(s), -1)  # (B, 16)
         return self.net(torch.cat([a_t, e, s], -1))  # (B, A)
 
     def clean(self, a_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -459,9 +462,9 @@ class DiffusionPolicy(nn.Module):
 
     def act(self, s: Tensor) -> Tensor:
         """One ancestral sample per state, with the posterior's mean and variance.  (B, S) -> (B, A)"""
-        beta, alpha, alpha_bar = (x.tolist() for x in (self.sched.beta, self.sched.alpha, self.sched.alpha_bar))
+        beta, alpha, alpha_bar = self.floats
         x = torch.randn(len(s), self.A, device=s.device)
-        for t in range(self.sched.T, 0, -1):
+        for t in range(self.T, 0, -1):
             time, ab, ab_prev = torch.full((1,), t, device=s.device), alpha_bar[t], alpha_bar[t - 1]
             x_0 = self.clean(x, time, self(x, time, s))
             x = (ab_prev**0.5 * beta[t] * x_0 + alpha[t] ** 0.5 * (1 - ab_prev) * x) / (1 - ab)
@@ -481,7 +484,7 @@ class TransitionNet(nn.Module):
         self.blocks = nn.ModuleList(block() for _ in range(depth))
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        h = self.first(x) + self.embed(waves(c_noise, 128))  # (B, width)
+        h = self.first(x) + self.embed(sinusoidal_embedding(c_noise, 128))  # (B, width)
         for block in self.blocks:
             h = h + block(h)
         return self.last(h)
@@ -508,6 +511,11 @@ def denoise(net, x: Tensor, sigma: Tensor, written=None) -> Tensor:
     return c_skip * x + sigma * sd / norm * net(u, sigma.flatten().log() / 4)
 
 
+def unscaled_conditions(args, s_0: Tensor, a: Tensor):
+    """What `denoise` writes over the network's input; None: nothing, the conditions are scaled like the rest [D9]."""
+    return None if args.scale_conditions else (lambda u: condition(u, s_0, a))
+
+
 def edm_loss(denoised: Tensor, y: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
     """Eq. (4):  mean_B lambda(sigma) || D_theta(x; sigma) - y ||^2,  lambda = (sigma^2 + sd^2) / (sigma sd)^2.
     mask (H, D): the entries that count (paper: states beyond the first; released code: all).   (B, ...), sigma (B,)"""
@@ -526,6 +534,11 @@ def ensemble_loss(mean: Tensor, log_var: Tensor, delta: Tensor) -> Tensor:
 def critic_target(r: Tensor, terminal: Tensor, q_next: Tensor, discount: float) -> Tensor:
     """y = r + gamma (1 - terminal) min_j Qbar_j(s', a')"""
     return r + discount * (1 - terminal) * q_next
+
+
+def critic_loss(q: Tensor, y: Tensor) -> Tensor:
+    """Sum over heads of the mean over the batch of (Q_j(s, a) - y)^2.   q (2, B), y (B,)"""
+    return (q - y).square().mean(-1).sum()
 
 
 def td3bc_actor_loss(q: Tensor, a_pi: Tensor, a: Tensor, alpha_bc: float) -> Tensor:
@@ -575,7 +588,7 @@ def draw_states(args, net, s_0: Tensor, a: Tensor) -> Tensor:
     S, sigmas = s_0.shape[1], edm_sigmas(args.N)
     x = torch.randn(B, H, S + A, device=a.device, dtype=torch.float64)
     s_d, a_d = s_0.double(), a.double()
-    unscaled = None if args.scale_conditions else (lambda u: condition(u, s_0, a))
+    unscaled = unscaled_conditions(args, s_0, a)
 
     def denoised(x: Tensor, sigma: float) -> Tensor:
         sigma = torch.full((B,), sigma, device=x.device)
@@ -588,6 +601,29 @@ def draw_states(args, net, s_0: Tensor, a: Tensor) -> Tensor:
     return edm_sample(denoised, x, sigmas, churn(sigmas, args.S_churn), written, args.rewrite)[..., :S].float()
 
 
+def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
+    """Of n actions per state the one of the largest q, or one drawn with probability softmax(q / temperature).
+    a (E n, A), q (E n,) -> (E, A)"""
+    a, q = a.view(-1, n, a.shape[-1]), q.view(-1, n)
+    k = (q / temperature).softmax(-1).multinomial(1).squeeze(1) if temperature > 0 else q.argmax(-1)  # (E,)
+    return a[torch.arange(len(a), device=a.device), k]
+
+
+def make_act(args: Args, agent: Agent, A: int):
+    """act(s), raw states: tanh(mean); diffql: one of K candidates, drawn by softmax of min Q.  (E, S) -> (E, A)"""
+
+    @torch.no_grad()
+    def act(s: Tensor) -> Tensor:
+        s = agent.frames.to_policy(s)
+        if args.base != "diffql":
+            return agent.policy.act(s)
+        s_k = s.repeat_interleave(args.candidates, 0)  # (E K, S)
+        a = agent.policy.act(s_k)  # (E K, A)
+        return select(a, agent.judge(s_k, a), args.candidates, temperature=1.0)
+
+    return act
+
+
 # --- rollouts ---------------------------------------------------------------------------------------------
 class Frames(nn.Module):
     """Raw units, policy frame (s - mean) / std, and the diffusion model's frame, min to max -> [-1, 1].  All shapes
@@ -595,50 +631,55 @@ class Frames(nn.Module):
 
     def __init__(self, S: int, A: int):
         super().__init__()
-        sizes = dict(mean=S, std=S, s_low=S, s_span=S, a_low=A, a_span=A)
-        for name, size in sizes.items():
-            setattr(self, name, nn.Parameter(torch.ones(size), requires_grad=False))
+        for name, size in dict(mean=S, std=S, s_low=S, s_span=S, a_low=A, a_span=A).items():
+            self.register_buffer(name, torch.ones(size))
 
     def fit(self, s: Tensor, stored_s: Tensor, stored_a: Tensor) -> None:
         """s: states of the transitions, for the policy frame; stored rows: for the model's.  Span of a constant: 1."""
-        span = lambda x: torch.where(x.amax(0) > x.amin(0), x.amax(0) - x.amin(0), 1.0)  # noqa: E731
-        lows = stored_s.amin(0), span(stored_s), stored_a.amin(0), span(stored_a)
-        for p, x in zip(self.parameters(), (s.mean(0), s.std(0, correction=0) + 1e-6, *lows)):
-            p.copy_(x)
 
-    def policy(self, raw: Tensor) -> Tensor:
+        def low_span(x: Tensor) -> tuple[Tensor, Tensor]:
+            low, high = x.amin(0), x.amax(0)
+            return low, torch.where(high > low, high - low, 1.0)
+
+        numbers = s.mean(0), s.std(0, correction=0) + 1e-6, *low_span(stored_s), *low_span(stored_a)
+        for x, new in zip(self.buffers(), numbers):
+            x.copy_(new)
+
+    def to_policy(self, raw: Tensor) -> Tensor:
         return (raw - self.mean) / self.std
 
-    def raw_of_policy(self, s: Tensor) -> Tensor:
+    def from_policy(self, s: Tensor) -> Tensor:
         return s * self.std + self.mean
 
-    def model(self, raw: Tensor) -> Tensor:
+    def to_model(self, raw: Tensor) -> Tensor:
         return 2 * (raw - self.s_low) / self.s_span - 1
 
-    def raw(self, x: Tensor, clip: bool = True) -> Tensor:
+    def from_model(self, x: Tensor, clip: bool = True) -> Tensor:
         return ((x.clamp(-1, 1) if clip else x) + 1) / 2 * self.s_span + self.s_low
 
-    def model_action(self, a: Tensor) -> Tensor:
+    def action_to_model(self, a: Tensor) -> Tensor:
         return 2 * (a - self.a_low) / self.a_span - 1
 
-    def action(self, x: Tensor) -> Tensor:
+    def action_from_model(self, x: Tensor) -> Tensor:
         return (x.clamp(-1, 1) + 1) / 2 * self.a_span + self.a_low
 
 
 def terminated(env: str, s: Tensor) -> Tensor:
-    """gymnasium's and D4RL's rules of healthy states, on raw states.   (..., S) -> (...)"""
+    """gymnasium's and D4RL's rules of healthy states, on raw states; other tasks never end.   (..., S) -> (...)"""
     env = env.lower()  # hopper-medium-v2, Hopper-v5, mujoco/hopper/medium-v0
     if "hopper" in env:
         healthy = s.isfinite().all(-1) & (s[..., 1:].abs() < 100).all(-1) & (s[..., 0] > 0.7) & (s[..., 1].abs() < 0.2)
         return ~healthy
     if "walker2d" in env:
         return ~((s[..., 0] > 0.8) & (s[..., 0] < 2) & (s[..., 1].abs() < 1))
+    if re.search(r"\bant\b", env):  # not antmaze
+        return ~(s.isfinite().all(-1) & (s[..., 0] >= 0.2) & (s[..., 0] <= 1))
     return torch.zeros(s.shape[:-1], dtype=torch.bool, device=s.device)
 
 
 def act_in_model(frames: Frames, act, x: Tensor) -> Tensor:
     """The policy on states of the model's frame: x -> raw (clipped) -> policy frame -> a.  (B, S) -> (B, A)"""
-    return act(frames.policy(frames.raw(x)))
+    return act(frames.to_policy(frames.from_model(x)))
 
 
 def autoregress(frames: Frames, act, ensemble: Ensemble, s_0: Tensor, H: int) -> tuple[Tensor, Tensor]:
@@ -650,7 +691,7 @@ def autoregress(frames: Frames, act, ensemble: Ensemble, s_0: Tensor, H: int) ->
         states.append(x)
         actions.append(a)
         if t < H - 1:
-            x = frames.model(frames.raw_of_policy(ensemble.predict(frames.policy(frames.raw(x)), a)))
+            x = frames.to_model(frames.from_policy(ensemble.predict(frames.to_policy(frames.from_model(x)), a)))
     return torch.stack(states, 1), torch.stack(actions, 1)
 
 
@@ -661,7 +702,7 @@ def correct(args, frames: Frames, act, states_given, s: Tensor, a: Tensor) -> tu
     B, H, S = s.shape
     padded = torch.zeros(B, H, dtype=torch.bool, device=s.device)
     for _ in range(args.M):
-        drawn = states_given(s[:, 0], frames.model_action(a))  # (7)
+        drawn = states_given(s[:, 0], frames.action_to_model(a))  # (7)
         s = torch.cat([s[:, :1], drawn[:, 1:] if args.correction == "replace" else (drawn[:, 1:] + s[:, 1:]) / 2], 1)
         a = act_in_model(frames, act, s.reshape(B * H, S)).view(B, H, -1)  # (9)
         padded = drawn.mean(-1) < -0.95
@@ -686,7 +727,7 @@ def keep_probabilities(R: Tensor, temperature: float) -> Tensor:
 def ends(args, frames: Frames, s: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
     """Which transitions t = 0..H-2 of trajectories are stored, and which of them end their episode.  s (B, H, S) in the
     model's frame, padded (B, H).   (B, H-1) bool each"""
-    terminal = terminated(args.env, frames.raw(s[:, 1:], clip=args.terminate == "clipped"))  # [D7]
+    terminal = terminated(args.env, frames.from_model(s[:, 1:], clip=args.terminate == "clipped"))  # [D7]
     gone = terminal.cumsum(1) - terminal.long() > 0  # it ended before
     if args.stop_at_padding:  # [D8] a padded row is no state: neither it nor what follows
         gone |= padded[:, 1:].cumsum(1) > 0
@@ -718,23 +759,17 @@ class Agent:
     policy_target: nn.Module
     q: Heads
     q_target: Heads
-    log_alpha: nn.Module | None  # CQL's temperature
+    log_alpha: Tensor | None  # CQL's temperature
     policy_opt: torch.optim.Optimizer
     q_opt: torch.optim.Optimizer
     alpha_opt: torch.optim.Optimizer | None
 
-
-class Scalar(nn.Module):
-    def __init__(self, value: float):
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(value))
+    def judge(self, s: Tensor, a: Tensor) -> Tensor:
+        """min_j Qbar_j(s, a), s in the policy frame.   (B, S), (B, A) -> (B,)"""
+        return self.q_target(torch.cat([s, a], -1)).squeeze(-1).amin(0)
 
 
 def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
-    def adam(params, lr, **options):  # lr is a tensor: an update may change it in place, also inside a graph
-        lr = torch.tensor(lr, device=device)
-        return torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda", **options)
-
     unet = ensemble = reward = ring = None
     if args.augment == "dydiff":
         unet = UNet(S + A, args.channels).to(device)
@@ -756,7 +791,7 @@ def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
     else:
         policy = Gaussian(S, A, args.policy_hidden).to(device)
     q = Heads(S + A, args.hidden, 1, 2, "relu", "normal").to(device)
-    log_alpha = Scalar(0.0).to(device) if args.base == "cql" else None
+    log_alpha = torch.zeros((), device=device) if args.base == "cql" else None
     frozen = lambda net: deepcopy(net).requires_grad_(False) if net else None  # noqa: E731
     fit = lambda E: torch.tensor([math.inf] * E + [0.0, 0.0], device=device)  # noqa: E731
     return Agent(
@@ -772,8 +807,16 @@ def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
         place=torch.zeros((), device=device, dtype=torch.float64),
         policy=policy, policy_target=frozen(policy), q=q, q_target=frozen(q), log_alpha=log_alpha,
         policy_opt=adam(policy.parameters(), args.policy_lr), q_opt=adam(q.parameters(), args.lr),
-        alpha_opt=adam(log_alpha.parameters(), args.policy_lr) if log_alpha else None,
+        alpha_opt=adam([log_alpha], args.policy_lr) if args.base == "cql" else None,
     )  # fmt: skip
+
+
+def adam(params, lr: float, kind=torch.optim.Adam, **options) -> torch.optim.Optimizer:
+    """Its learning rate is a tensor: an update changes it in place, also inside a graph."""
+    params = list(params)
+    device = (params[0]["params"][0] if isinstance(params[0], dict) else params[0]).device
+    lr = torch.tensor(lr, device=device)
+    return kind(params, lr, fused=True, capturable=device.type == "cuda", **options)
 
 
 def descend(loss: Tensor, opt: torch.optim.Optimizer, clip_norm: float = 0.0, stacked: int = 1) -> None:
@@ -786,12 +829,6 @@ def descend(loss: Tensor, opt: torch.optim.Optimizer, clip_norm: float = 0.0, st
         for g in grads:
             g.mul_((clip_norm / (norm + 1e-6)).clamp(max=1))
     opt.step()
-
-
-@torch.no_grad()
-def average(target: nn.Module, source: nn.Module, rate: float | Tensor) -> None:
-    """target <- (1 - rate) target + rate source"""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
 @dataclass
@@ -814,7 +851,7 @@ class Windows:
         """(B,) -> (B, H, D)"""
         t = torch.arange(self.H, device=i.device)
         at = self.start[i, None] + t  # (B, H)
-        real = (t < self.length[i, None])[..., None]
+        real = (t < self.length[i, None])[..., None]  # (B, H, 1)
         return torch.where(real, self.rows[at.clamp(max=len(self.rows) - 1)], -1.0001)
 
 
@@ -833,18 +870,19 @@ def make_windows(rows: Tensor, pieces: list[tuple[int, int]], H: int) -> Windows
     return Windows(rows, torch.tensor(start), torch.tensor(length), H)
 
 
-def make_model_update(args: Args, agent: Agent, sample, mask: Tensor | None, S: int | None):
-    """First stage: one step of D_theta.  sample(): (B, ...) clean data; S: states per row, None without conditions."""
+def make_model_update(args: Args, agent: Agent, draw, mask: Tensor | None, S: int | None):
+    """First stage: update() is one step of D_theta; draws on the device and returns 0-d tensors.  draw(): clean data
+    (B, ...); S: numbers of a state, None without conditions."""
     net, device = agent.unet, agent.seen.device
 
     def update() -> dict[str, Tensor]:
-        y = sample()  # (B, H, D)
+        y = draw()  # (B, H, D); synther: (B, D)
         sigma = (-1.2 + 1.2 * torch.randn(len(y), device=device)).exp()  # (B,)
         x = y + sigma.view(-1, *(1,) * (y.dim() - 1)) * torch.randn_like(y)
         unscaled = None
         if S:
-            x = condition(x, y[:, 0, :S], y[:, :, S:])  # (3)
-            unscaled = None if args.scale_conditions else (lambda u: condition(u, y[:, 0, :S], y[:, :, S:]))
+            s_0, a = y[:, 0, :S], y[:, :, S:]
+            x, unscaled = condition(x, s_0, a), unscaled_conditions(args, s_0, a)  # (3)
         loss = edm_loss(denoise(net, x, sigma, unscaled), y, sigma, mask)  # (4)
         agent.unet_opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -860,8 +898,8 @@ def make_model_update(args: Args, agent: Agent, sample, mask: Tensor | None, S: 
         half_life = (0.05 * agent.seen).clamp(max=args.ema_half_life)
         rate = (1 - 0.5 ** (len(y) / half_life)).float()
         with torch.no_grad():
-            for x, y_ in zip(agent.unet_ema.parameters(), net.parameters()):
-                x.lerp_(y_, rate)
+            for x, new in zip(agent.unet_ema.parameters(), net.parameters()):
+                x.lerp_(new, rate)
         return {"losses/diffusion": loss.detach(), "charts/lr": lr.clone()}
 
     return update
@@ -897,7 +935,7 @@ def make_fit_update(args, name: str, steps: int, net, best, opt, fit: Tensor, lo
     def update(i: int) -> dict[str, Tensor]:
         if not state["stopped"]:
             loss = step()
-            losses[f"losses/{name}"] = loss
+            losses[f"losses/{name}"], losses["charts/lr"] = loss, opt.param_groups[0]["lr"]
             if (i + 1) % epoch == 0 or i + 1 == steps:
                 check()
                 losses[f"losses/{name}_holdout"] = fit[:E].mean()
@@ -919,8 +957,8 @@ def make_base_update(args: Args, agent: Agent):
             a_next = target.sample(s_next)[0][0]
             y = critic_target(r, terminal, twin(q_target, s_next, a_next).amin(0), args.discount)
         q_a = twin(q, s, a)
-        loss_q = 0.5 * (q_a - y).square().mean(1).sum()
-        losses = {"critic": loss_q.detach(), "q_mean": q_a.detach().mean()}
+        loss_q = 0.5 * critic_loss(q_a, y)
+        losses = {"critic": loss_q, "q_mean": q_a.mean()}
         descend(loss_q, agent.q_opt)
         if actor:
             a_pi = policy.sample(s)[0][0]
@@ -933,9 +971,9 @@ def make_base_update(args: Args, agent: Agent):
     def cql(s, a, r, s_next, terminal, actor: bool, ema: bool) -> dict[str, Tensor]:
         A = a.shape[1]
         a_pi, log_pi = (x[0] for x in policy.sample(s))
-        agent.log_alpha.value.grad = (A - log_pi.detach()).mean()  # of -log_alpha mean(log_pi - A): target entropy -A
+        agent.log_alpha.grad = (A - log_pi.detach()).mean()  # of -log_alpha mean(log_pi - A): target entropy -A
         agent.alpha_opt.step()
-        alpha = agent.log_alpha.value.detach().clamp(-10, 0.5).exp()
+        alpha = agent.log_alpha.clamp(-10, 0.5).exp()
         loss_pi = (alpha * log_pi - twin(q, s, a_pi).amin(0)).mean()
         descend(loss_pi, agent.policy_opt)
         with torch.no_grad():
@@ -947,11 +985,10 @@ def make_base_update(args: Args, agent: Agent):
             many = torch.cat([u, a_next_k, a_k]).flatten(0, 1)  # (3 n B, A)
         q_a = twin(q, s, a)  # (2, B)
         q_many = twin(q, s.repeat(3 * n, 1), many).view(2, 3 * n, len(s))
-        loss_td = (q_a - y).square().mean(1).sum()
+        loss_td = critic_loss(q_a, y)
         gap = torch.stack([conservative(*x.split(n), log_next_k, log_k, A) for x in q_many]) - q_a  # (2, B)
         loss_q = loss_td + args.cql_weight * gap.mean(1).sum()
         losses = {"critic": loss_td, "gap": gap.mean(), "actor": loss_pi, "alpha": alpha, "q_mean": q_a.mean()}
-        losses = {k: v.detach() for k, v in losses.items()}
         descend(loss_q, agent.q_opt)
         average(q_target, q, args.polyak)
         return losses
@@ -961,9 +998,9 @@ def make_base_update(args: Args, agent: Agent):
             a_next = target.act(s_next)
             y = critic_target(r, terminal, twin(q_target, s_next, a_next).amin(0), args.discount)
         q_a = twin(q, s, a)
-        loss_q = (q_a - y).square().mean(1).sum()
+        loss_q = critic_loss(q_a, y)
         descend(loss_q, agent.q_opt, args.clip_norm, stacked=2)
-        t, eps = torch.randint(1, policy.sched.T + 1, (len(s),), device=s.device), torch.randn_like(a)
+        t, eps = torch.randint(1, policy.T + 1, (len(s),), device=s.device), torch.randn_like(a)
         ab = policy.alpha_bar[t][:, None]
         a_t = ab.sqrt() * a + (1 - ab).sqrt() * eps
         eps_hat = policy(a_t, t, s)
@@ -982,9 +1019,9 @@ def make_base_update(args: Args, agent: Agent):
 
 
 def split(row: Tensor, S: int, A: int) -> tuple[Tensor, ...]:
-    """(B, 2 S + A + 2) -> s, a, r, s', terminal"""
+    """(..., 2 S + A + 2) -> s, a, r, s', terminal"""
     s, a, r, s_next, terminal = row.split((S, A, 1, S, 1), -1)
-    return s, a, r[:, 0], s_next, terminal[:, 0]
+    return s, a, r[..., 0], s_next, terminal[..., 0]
 
 
 def make_update(args: Args, agent: Agent, data: Tensor, S: int, A: int, roll=None):
@@ -1000,7 +1037,9 @@ def make_update(args: Args, agent: Agent, data: Tensor, S: int, A: int, roll=Non
             if mixed:
                 j = torch.rand(args.batch_size - n, device=device, dtype=torch.float64) * agent.filled
                 rows = torch.cat([rows, agent.ring[j.long()]])
-            return {f"losses/{k}": v.detach() for k, v in learn(*split(rows, S, A), actor, ema).items()}
+            losses = learn(*split(rows, S, A), actor, ema)
+            lr = agent.q_opt.param_groups[0]["lr"].clone()
+            return {f"losses/{k}": x.detach() for k, x in losses.items()} | {"charts/lr": lr}
 
         return accelerate(step, args, device)
 
@@ -1023,8 +1062,8 @@ def make_update(args: Args, agent: Agent, data: Tensor, S: int, A: int, roll=Non
 class Roller:
     """roll(): one rollout into the ring, with its cost and what came of it.  All b starts are one batch."""
 
-    def __init__(self, args: Args, agent: Agent, frames: Frames, starts: Tensor):
-        self.args, self.agent, self.frames, self.starts = args, agent, frames, starts  # starts (rows, S), model's frame
+    def __init__(self, args: Args, agent: Agent, starts: Tensor):
+        self.args, self.agent, self.frames, self.starts = args, agent, agent.frames, starts  # (rows, S), model's frame
         self.seconds, self.began, self.flops = 0.0, time.perf_counter(), None
         self.net = accelerate(agent.unet_ema, replace(args, graph="off"), starts.device) if agent.unet else None
 
@@ -1033,11 +1072,9 @@ class Roller:
         args, agent, frames, clock = self.args, self.agent, self.frames, time.perf_counter()
         s_0 = self.starts[torch.randint(len(self.starts), (args.b,), device=self.starts.device)]
         s, a = autoregress(frames, agent.policy.act, agent.ensemble, s_0, args.H)
-        padded = torch.zeros(s.shape[:2], dtype=torch.bool, device=s.device)
-        if args.augment == "dydiff":
-            given = lambda s_0, a: draw_states(args, self.net, s_0, a)  # noqa: E731
-            s, a, padded = correct(args, frames, agent.policy.act, given, s, a)
-        s_p = frames.policy(frames.raw(s))  # (b, H, S)
+        given = lambda s_0, a: draw_states(args, self.net, s_0, a)  # noqa: E731
+        s, a, padded = correct(args, frames, agent.policy.act, given, s, a)  # single-step: M = 0
+        s_p = frames.to_policy(frames.from_model(s))  # (b, H, S)
         r = agent.reward(torch.cat([s_p, a], -1).flatten(0, 1)).view(s.shape[:2])  # (b, H)
         kept = keep(r.sum(1), args.filter, args.eta, args.filter_temperature, gumbel(args.b, s.device))  # (11)
         kept = kept.sort().values  # not by rank: a ring that is too small drops the first ones
@@ -1083,6 +1120,12 @@ def push(agent: Agent, rows: Tensor) -> None:
     agent.ring[at] = rows
     agent.place.fill_((int(agent.place) + len(rows)) % size)
     agent.filled.fill_(min(size, int(agent.filled) + len(rows)))
+
+
+@torch.no_grad()
+def average(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """target <- (1 - rate) target + rate source"""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
 # --- running: the same text in all four scripts (tests/test_shared.py) ------------------------------------
@@ -1357,7 +1400,7 @@ class Run:
 
     def save(self, losses: dict[str, Tensor]) -> None:
         nets = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
-        self.check(losses | {f"weights of {k}": sum(p.sum() for p in v.parameters()) for k, v in nets.items()})
+        self.check(losses | {f"weights of {k}": sum(x.sum() for x in v.state_dict().values()) for k, v in nets.items()})
         save(self.folder / "last.pt", self.state, self.progress, self.args)
 
     def evaluate(self, act, step: int, episodes: int) -> None:
@@ -1390,8 +1433,8 @@ class Run:
         values = [[float(row[key]) for row in self.rows if int(row["step"]) == step] for step in steps]
         return np.array(steps), np.array([np.mean(v) for v in values]), np.array([np.std(v) for v in values])
 
-    def finish(self, data_average: float) -> None:
-        """result.json, curve.png and the last line."""
+    def finish(self, data_returns: np.ndarray, act) -> None:
+        """result.json, curve.png, the video if asked for, and the last line."""
         step = self.progress["step"]
         final = [row for row in self.rows if int(row["step"]) == step]
         returns = np.array([float(row["return"]) for row in final])
@@ -1404,7 +1447,12 @@ class Run:
         result["train_seconds"] = sum(self.progress["seconds"].values())
         result["eval_seconds"] = self.progress["eval_seconds"]
         self.write("result.json", json.dumps(result | {"device": device_name(self.device)}, indent=2))
-        plot_curve(self, data_average)
+        data_scores = normalized_score(self.args.env, data_returns)
+        plot_curve(self, float((data_returns if data_scores is None else data_scores).mean()))
+        if self.args.video:
+            record(act, self.args, self.device)
+        if self.args.env == "pendulum-demo":
+            print(f"next: python {METHOD}.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
         print(summary(self.args, returns, step))
 
 
@@ -1508,6 +1556,17 @@ def off_support(env: str, a: Tensor) -> float:
     return float((torch.cdist(a, TOYS[env].centres).amin(-1) > 3 * TOYS[env].spread).float().mean())
 
 
+def announce(args, data, returns: np.ndarray, device: torch.device) -> None:
+    """What is trained on, and every setting."""
+    scores = normalized_score(args.env, returns)
+    average = f"average return {returns.mean():.1f}"
+    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
+    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
+    if args.env not in PRESETS:
+        print(f"note: no preset for {args.env}: general settings of the paper, see below")
+    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+
+
 def task_sizes(args) -> tuple[int, int]:
     """Observation and action sizes of the evaluation task; if it cannot be made, the run ends before a download."""
     if args.env in TOYS:
@@ -1571,64 +1630,49 @@ def stages(args: Args) -> list[str]:
             "synther": ["diffusion"], "none": []}[args.augment]  # fmt: skip
 
 
-def make_act(args: Args, agent: Agent):
-    """act(s), raw states: tanh(mean); diffql: one of several, drawn by softmax of min Q.  (E, S) -> (E, A)"""
-
-    @torch.no_grad()
-    def act(s: Tensor) -> Tensor:
-        s = agent.frames.policy(s)
-        if args.base != "diffql":
-            return agent.policy.act(s)
-        s_k = s.repeat_interleave(args.candidates, 0)
-        a = agent.policy.act(s_k)  # (E K, A)
-        q = agent.q_target(torch.cat([s_k, a], -1)).squeeze(-1).amin(0).view(len(s), args.candidates)
-        k = q.softmax(-1).multinomial(1).squeeze(1)
-        return a.view(len(s), args.candidates, -1)[torch.arange(len(s), device=s.device), k]
-
-    return act
-
-
 @torch.no_grad()
-def rollout_errors(args: Args, agent: Agent, frames: Frames, windows: Tensor) -> dict[str, Tensor]:
+def rollout_errors(args: Args, agent: Agent, windows: Tensor) -> dict[str, Tensor]:
     """Squared error of generated states, policy frame, mean over dimensions, given the true first state and the logged
     actions.  windows (n, H, D), model's frame, unpadded.   {model: (n, H)}: the ensemble's mean unrolled, one draw of
     the diffusion model, and the mean of both (one averaging correction with the actions held)."""
-    S = frames.mean.shape[0]
-    truth, a = frames.policy(frames.raw(windows[..., :S], clip=False)), frames.action(windows[..., S:])
+    frames, S = agent.frames, len(agent.frames.mean)
+    truth = frames.to_policy(frames.from_model(windows[..., :S], clip=False))  # (n, H, S)
+    a = frames.action_from_model(windows[..., S:])
     s = [truth[:, 0]]
     for t in range(args.H - 1):
         s.append(agent.ensemble.predict(s[-1], a[:, t]))
     found = {"ensemble": torch.stack(s, 1)}  # (n, H, S)
-    if agent.unet_ema is not None and args.augment == "dydiff":
+    if args.augment == "dydiff":
         drawn = draw_states(args, agent.unet_ema, windows[:, 0, :S], windows[..., S:])
-        found["diffusion"] = frames.policy(frames.raw(drawn))
+        found["diffusion"] = frames.to_policy(frames.from_model(drawn))
         found["mean of both"] = (found["ensemble"] + found["diffusion"]) / 2
     return {k: (x - truth).square().mean(-1) for k, x in found.items()}
 
 
 @torch.no_grad()
-def denoising_errors(args: Args, agent: Agent, windows: Tensor, S: int) -> dict[float, float]:
+def denoising_errors(args: Args, agent: Agent, windows: Tensor) -> dict[float, float]:
     """Squared error of the denoised states at a few noise levels, beside their variance (key 0), model's frame.  A
     model that does not beat the variance at sigma = 80 does not read its conditions."""
+    S = len(agent.frames.mean)
     s_0, a, y = windows[:, 0, :S], windows[:, :, S:], windows[:, 1:, :S]
     errors = {0.0: float(y.var((0, 1)).mean())}
     for sigma in (80.0, 10.0, 1.0):
         x = condition(windows + sigma * torch.randn_like(windows), s_0, a)
-        unscaled = None if args.scale_conditions else (lambda u: condition(u, s_0, a))
+        unscaled = unscaled_conditions(args, s_0, a)
         level = torch.full((len(x),), sigma, device=x.device)
         errors[sigma] = float((denoise(agent.unet_ema, x, level, unscaled)[:, 1:, :S] - y).square().mean())
     return errors
 
 
-def judge(args: Args, agent: Agent, frames: Frames, windows: Tensor, held: bool) -> None:
+def report_models(args: Args, agent: Agent, windows: Tensor, held: bool) -> None:
     """Prints how good the models are, and a warning where they are poor: rollouts of a useless model do harm."""
     if not len(windows):
         print(f"note: no trajectory has {args.H} rows: models not judged")
         return
     with torch.random.fork_rng([windows.device] if windows.is_cuda else []):
         torch.manual_seed(args.seed)
-        errors = {k: x.mean(0) for k, x in rollout_errors(args, agent, frames, windows).items()}
-        noise = denoising_errors(args, agent, windows, frames.mean.shape[0]) if args.augment == "dydiff" else {}
+        errors = {k: x.mean(0) for k, x in rollout_errors(args, agent, windows).items()}
+        noise = denoising_errors(args, agent, windows) if args.augment == "dydiff" else {}
     at = sorted({1, args.H // 2, args.H - 1})
     print(f"models on {len(windows)} {'held-out' if held else 'training'} windows, squared error of states (data: 1):")
     for k, x in errors.items():
@@ -1657,62 +1701,64 @@ def main(args: Args) -> None:
     S, A = data.s.shape[1], data.a.shape[1]
     check_task(task, S, A)
     returns = data.returns().numpy()  # as stored
-    scores = normalized_score(args.env, returns)
     stored_s, stored_a = (data.s, data.a) if toy else (torch.from_numpy(raw.s), torch.from_numpy(raw.a))
     agent = make_agent(args, S, A, device)
     frames = agent.frames
     with torch.no_grad():
         frames.fit(*(x.to(device) for x in (data.s, stored_s, stored_a)))
     data = data.to(device)
-    s, s_next = frames.policy(data.s), frames.policy(data.s_next)
+    s, s_next = frames.to_policy(data.s), frames.to_policy(data.s_next)
     rows = torch.cat([s, data.a, data.r[:, None], s_next, data.terminal[:, None]], -1)  # (rows, 2 S + A + 2)
 
     if args.augment in ("dydiff", "single-step"):
-        windows, held, model_rows = prepare(args, frames, raw, rows, device)
+        windows, held, model_rows = prepare(args, frames, raw, rows)
     borrowed = args.pretrained and not (args.resume and (run_folder(args) / "last.pt").exists())
     if borrowed:  # before the run's folder is touched
         borrow(args, agent)
     run = Run(args, agent_state(agent), device)
     if borrowed:
         run.progress["done"] += stages(args)
-    average = f"average return {returns.mean():.1f}"
-    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
-    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
-    if args.env not in PRESETS:
-        print(f"note: no preset for {args.env}: general settings of the paper, see below")
-    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+    announce(args, data, returns, device)
 
     if args.augment == "synther":
-        synthesize = train_synther(args, agent, rows, run, S, A)
+        synthesize = train_synther(args, agent, run, rows, S, A)
     elif args.augment != "none":
         if args.augment == "dydiff":
             mask = None
             if args.loss_mask:  # states beyond the first
                 mask = torch.zeros(args.H, S + A, device=device)
                 mask[1:, :S] = 1
-            draw = lambda: windows[torch.randint(len(windows), (args.model_batch_size,), device=device)]  # [D1]  # noqa: E731
+
+            def draw() -> Tensor:
+                return windows[torch.randint(len(windows), (args.model_batch_size,), device=device)]  # [D1]
+
             update = accelerate(make_model_update(args, agent, draw, mask, S), args, device)
             run.train("diffusion", args.model_steps, lambda i: update())
         train_regressions(args, agent, run, model_rows, S, A, known_successors=raw.s_next is not None)
-        judge(args, agent, frames, held if len(held) else windows[unpadded(windows, 256)], bool(len(held)))
+        report_models(args, agent, held if len(held) else windows[unpadded(windows, 256)], bool(len(held)))
     roll = None
     if args.augment == "synther" and not int(agent.filled):
         push(agent, synthesize())
     elif args.augment in ("dydiff", "single-step"):
-        roll = Roller(args, agent, frames, frames.model(data.s))
-    act = make_act(args, agent)
+        roll = Roller(args, agent, frames.to_model(data.s))
+    act = make_act(args, agent, A)
     run.train("train", args.steps, make_update(args, agent, rows, S, A, roll), act)
 
     if args.env in TOYS:
-        sampled, zero = act(torch.zeros(2000, 1, device=device)), frames.policy(torch.zeros(1, 1, device=device))
-        value = lambda a: agent.q_target(torch.cat([zero.expand(len(a), -1), a], -1)).squeeze(-1).amin(0)  # noqa: E731
-        with torch.no_grad():
-            plot_toy(run.folder / "samples.png", args.env, data, value, sampled)
-    if args.env == "pendulum-demo":
-        print("next: python dydiff.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
-    if args.video:
-        record(act, args, device)
-    run.finish(float((returns if scores is None else scores).mean()))
+        toy_figure(args, agent, data, run.folder, act)
+    run.finish(returns, act)
+
+
+@torch.no_grad()
+def toy_figure(args: Args, agent: Agent, data, folder: Path, act) -> None:
+    """samples.png"""
+    zero = torch.zeros(2000, 1, device=data.a.device)
+    s = agent.frames.to_policy(zero)
+
+    def value(a: Tensor) -> Tensor:
+        return agent.judge(s[:1].expand(len(a), -1), a)
+
+    plot_toy(folder / "samples.png", args.env, data, value, act(zero))
 
 
 def unpadded(windows: Windows, n: int) -> Tensor:
@@ -1723,7 +1769,7 @@ def unpadded(windows: Windows, n: int) -> Tensor:
     return whole[torch.linspace(0, len(whole) - 1, min(n, len(whole)), device=whole.device).long()]
 
 
-def prepare(args: Args, frames: Frames, raw, rows: Tensor, device: torch.device, n: int = 256):
+def prepare(args: Args, frames: Frames, raw, rows: Tensor, n: int = 256):
     """Windows to train on, n or fewer held-out ones (n, H, D), and the transitions of the trajectories that are trained
     on."""
     pieces = trajectories(raw.terminal, raw.timeout)
@@ -1733,8 +1779,9 @@ def prepare(args: Args, frames: Frames, raw, rows: Tensor, device: torch.device,
     out = set(g.permutation(len(pieces))[: round(args.holdout * len(pieces))].tolist())
     if len(out) == len(pieces):
         raise UserError(f"--holdout {args.holdout} leaves no trajectory of {len(pieces)} to train on; give less")
+    device = rows.device
     s, a = (torch.from_numpy(x).to(device) for x in (raw.s, raw.a))
-    x = torch.cat([frames.model(s), frames.model_action(a)], -1)  # (N, D)
+    x = torch.cat([frames.to_model(s), frames.action_to_model(a)], -1)  # (N, D)
     train = make_windows(x, [p for k, p in enumerate(pieces) if k not in out], args.H).to(device)
     held = make_windows(x, [p for k, p in enumerate(pieces) if k in out], args.H).to(device) if out else None
     held = held[unpadded(held, n)] if held else x.new_zeros(0, args.H, x.shape[1])
@@ -1759,7 +1806,7 @@ def train_regressions(args: Args, agent: Agent, run: Run, rows: Tensor, S: int, 
         test_d, train_d = test, train
 
     def dynamics(rows: Tensor, i=slice(None)):
-        s, a, _, s_next, _ = rows[i].split((S, A, 1, S, 1), -1)
+        s, a, _, s_next, _ = split(rows[i], S, A)
         mean, log_var = agent.ensemble(torch.cat([s, a], -1))  # (E, B, S)
         return mean, log_var, s_next - s
 
@@ -1768,8 +1815,8 @@ def train_regressions(args: Args, agent: Agent, run: Run, rows: Tensor, S: int, 
         return (mean - delta).square().mean((1, 2))  # (E,)
 
     def reward(rows: Tensor, i=slice(None)) -> Tensor:  # (10)
-        x = rows[i]
-        return (agent.reward(x[..., : S + A]).squeeze(-1) - x[..., S + A]).square().mean(-1)  # (1,)
+        s, a, r, _, _ = split(rows[i], S, A)
+        return (agent.reward(torch.cat([s, a], -1)).squeeze(-1) - r).square().mean(-1)  # (1,)
 
     fits = [
         ("dynamics", args.dynamics_steps, agent.ensemble, agent.ensemble_best, agent.ensemble_opt, agent.ensemble_fit,
@@ -1786,11 +1833,14 @@ def train_regressions(args: Args, agent: Agent, run: Run, rows: Tensor, S: int, 
     agent.ensemble.elites.copy_(agent.ensemble_fit[: args.E].argsort()[: args.elites])
 
 
-def train_synther(args: Args, agent: Agent, rows: Tensor, run: Run, S: int, A: int):
+def train_synther(args: Args, agent: Agent, run: Run, rows: Tensor, S: int, A: int):
     """SynthER (Lu et al., 2023): a diffusion model of whole transitions, standardised by column; returns a function
     that generates --synther-rows of them, (n, 2 S + A + 2).  Terminal flags are rounded."""
     mean, std = rows.mean(0), rows.std(0) + 1e-6
-    draw = lambda: SIGMA_DATA * (rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)] - mean) / std  # noqa: E731
+
+    def draw() -> Tensor:
+        return SIGMA_DATA * (rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)] - mean) / std
+
     update = accelerate(make_model_update(args, agent, draw, None, None), args, rows.device)
     run.train("diffusion", args.model_steps, lambda i: update())
 
@@ -1831,14 +1881,15 @@ def load_policy(folder: str | Path, device: str = "auto", env: str | None = None
     content = load(Path(folder) / "last.pt", env)
     if content["progress"]["stage"] != "train":
         raise UserError(f"{folder} has no policy yet, its main stage has not begun: continue with --resume")
-    lists = {k: tuple(v) for k, v in content["args"].items() if isinstance(v, list)}
-    args = resolve(replace(Args(**(content["args"] | lists)), device=device, **settings))
-    device = pick_device(args)
-    S, A = (len(content["state"]["frames"][k]) for k in ("mean", "a_low"))
-    check_task(task_sizes(args), S, A)
+    args = resolve(replace(Args(**content["args"]), device=device, **settings))
+    device, (S, A) = pick_device(args), task_sizes(args)
     agent = make_agent(args, S, A, device)
-    restore(agent_state(agent), content)
-    return make_act(args, agent), args, content["progress"]["step"]
+    try:
+        restore(agent_state(agent), content)
+    except RuntimeError as error:
+        sizes = f"observations of {S} numbers and actions of {A}"
+        raise UserError(f"{folder}: its data is not of the task, {sizes}; check --env and --eval-env") from error
+    return make_act(args, agent, A), args, content["progress"]["step"]
 
 
 def reevaluate(args: Args) -> None:

@@ -397,7 +397,7 @@ def critic_target(r: Tensor, terminal: Tensor, v_next: Tensor, discount: float) 
 
 
 def critic_loss(q: Tensor, y: Tensor) -> Tensor:
-    """Eq. (9):  mean over heads and batch of (Q_j(s, a) - y)^2.   q (2, B), y (B,)"""
+    """Eq. (9):  mean over heads and batch of (Q_h(s, a) - y)^2, one target for all heads.   q (2, B), y (B,)"""
     return (q - y).square().mean()
 
 
@@ -436,13 +436,14 @@ def guide(w: Tensor, rule: str, low: float, high: float) -> Tensor:
 
 def sample(net, s: Tensor, z: Tensor, noise: Tensor, sched, args) -> Tensor:
     """Reverse chain t = T..1 with the noise of Eq. (7), whose gradient goes through the network, to all of z_t:
-    eps~ = eps - rho sigma_t grad_z log w_hat,  w_hat = (z^w - sigma_t eps^w) / sqrt(alpha_bar_t).
+    eps~ = eps - rho sigma_t grad_z log w_hat,  w_hat = (z^w - sigma_t eps^w) / sqrt(alpha_t) as
+    released, / sqrt(alpha_bar_t) if exact.
     s (B, S);  z (B, A + 1) start and noise (T + 1, B, A + 1), both ~ N(0, I), row t the noise of step t (0, 1 unused);
-    sched: on the CPU, its numbers are constants here.   Returns (B, A + 1), action and weight."""
+    sched: its numbers are constants here.   Returns (B, A + 1), action and weight."""
     w_low, A = args.w_min if args.reverse == "iterate" else 0.0, z.shape[-1] - 1
     low = torch.cat([z.new_full((A,), -1.0), z.new_full((1,), w_low)])  # (A + 1,)
     high = torch.cat([z.new_full((A,), 1.0), z.new_full((1,), args.w_max)])
-    beta, alpha, alpha_bar = (x.tolist() for x in (sched.beta, sched.alpha, sched.alpha_bar))
+    beta, alpha, alpha_bar = sched.floats
     e = net.embed(torch.arange(sched.T + 1, device=z.device, dtype=z.dtype)).split(1)  # row t for step t
     z = args.kappa * z
     for t in range(sched.T, 0, -1):
@@ -484,7 +485,15 @@ def toy_settings(args: Args, beta: float) -> Args:
     return replace(args, beta=beta, rho=rho, w_max=args.w_max / weight_unit(args, beta))
 
 
-def make_act(args: Args, agent: Agent, A: int, device: torch.device):
+def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
+    """Of n actions per state the one of the largest q, or one drawn with probability softmax(q / temperature).
+    a (E n, A), q (E n,) -> (E, A)"""
+    a, q = a.view(-1, n, a.shape[-1]), q.view(-1, n)
+    k = (q / temperature).softmax(-1).multinomial(1).squeeze(1) if temperature > 0 else q.argmax(-1)  # (E,)
+    return a[torch.arange(len(a), device=a.device), k]
+
+
+def make_act(args: Args, agent: Agent, A: int):
     """act(s): N guided candidates of the averaged model; SWG-R takes the best by Q or by weight.  (E, S) -> (E, A)"""
     net, sched, samplers = agent.net_ema.eval(), make_schedule(args), {}
     if args.env in BETA_TOYS:
@@ -497,20 +506,14 @@ def make_act(args: Args, agent: Agent, A: int, device: torch.device):
     def act(s: Tensor) -> Tensor:
         if args.env in BETA_TOYS:
             s = torch.full_like(s, args.beta)
-        n = len(s) * args.N
+        s_n = s.repeat_interleave(args.N, 0)  # (E N, S)
+        n, device = len(s_n), s.device
         if n not in samplers:  # one recording per number of rows
             samplers[n] = accelerate(sampler, replace(args, compile="off"), device)
-        z = samplers[n](
-            s.repeat_interleave(args.N, 0),  # (E N, S)
-            torch.randn(n, A + 1, device=s.device),
-            torch.randn(sched.T + 1, n, A + 1, device=s.device),
-        )
-        a, w = z[:, :-1], z[:, -1].view(len(s), args.N)
-        if args.N == 1:
-            return a.clone()
-        if args.select == "q":
-            w = agent.judge(s.repeat_interleave(args.N, 0), a).view(len(s), args.N)
-        return a.view(len(s), args.N, A)[torch.arange(len(s), device=s.device), w.argmax(-1)]
+        z, noise = torch.randn(n, A + 1, device=device), torch.randn(sched.T + 1, n, A + 1, device=device)
+        z = samplers[n](s_n, z, noise)  # (E N, A + 1)
+        a, w = z[:, :-1], z[:, -1]
+        return a.clone() if args.N == 1 else select(a, agent.judge(s_n, a) if args.select == "q" else w, args.N)
 
     return act
 
@@ -541,10 +544,6 @@ def make_schedule(args: Args):
 
 
 def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
-    def adam(kind, net, lr, **options):  # lr is a tensor: the update changes it in place, also inside a graph
-        lr = torch.tensor(lr, device=device)
-        return kind(net.parameters(), lr, fused=True, capturable=device.type == "cuda", **options)
-
     value = q = q_target = value_opt = q_opt = None
     if args.env in BETA_TOYS:
         net = ToyNet(args.width, args.blocks, args.input_scale).to(device)
@@ -552,19 +551,36 @@ def make_agent(args: Args, S: int, A: int, device: torch.device) -> Agent:
         value = ValueNet(S, args.hidden, args.layer_norm).to(device)
         q = Heads(S + A, args.hidden, 2).to(device)
         q_target = deepcopy(q).requires_grad_(False)
-        value_opt, q_opt = (adam(torch.optim.Adam, x, args.critic_lr) for x in (value, q))
+        value_opt, q_opt = (adam(x.parameters(), args.critic_lr) for x in (value, q))
         net = JointNet(S, A, args.width, args.blocks, args.head, args.dropout).to(device)
     return Agent(
         value=value, q=q, q_target=q_target, net=net, net_ema=deepcopy(net).requires_grad_(False), value_opt=value_opt,
-        q_opt=q_opt, opt=adam(torch.optim.AdamW, net, args.lr, weight_decay=args.weight_decay),
+        q_opt=q_opt,
+        opt=adam(net.parameters(), args.lr, torch.optim.AdamW, weight_decay=args.weight_decay),
         step=torch.zeros((), device=device, dtype=torch.float64),
     )  # fmt: skip
 
 
-def descend(loss: Tensor, opt: torch.optim.Optimizer) -> None:
+def adam(params, lr: float, kind=torch.optim.Adam, **options) -> torch.optim.Optimizer:
+    """Its learning rate is a tensor: an update changes it in place, also inside a graph."""
+    params = list(params)
+    device = (params[0]["params"][0] if isinstance(params[0], dict) else params[0]).device
+    lr = torch.tensor(lr, device=device)
+    return kind(params, lr, fused=True, capturable=device.type == "cuda", **options)
+
+
+def anneal(opt: torch.optim.Optimizer, lr: float, done: Tensor, lr_end: float = 0.0) -> None:
+    """The learning rate goes from lr to lr_end lr by a cosine; done (0-d, 0..1) is the share of the stage."""
+    opt.param_groups[0]["lr"].copy_(lr * (lr_end + (1 - lr_end) * 0.5 * (1 + torch.cos(math.pi * done))))
+
+
+def descend(loss: Tensor, opt: torch.optim.Optimizer, clip_norm: float = 0.0) -> Tensor | None:
+    """One step.  clip_norm bounds the norm of the whole gradient; returned is the norm before that."""
     opt.zero_grad(set_to_none=True)
     loss.backward()
+    norm = nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip_norm) if clip_norm else None
     opt.step()
+    return norm
 
 
 def make_critic_update(args: Args, agent: Agent, data):
@@ -593,7 +609,8 @@ def make_critic_update(args: Args, agent: Agent, data):
         average(q_target, q, args.polyak)
         losses = {"value": loss_v, "critic": loss_q, "v_mean": v.mean(), "q_mean": q_a.mean()}
         losses["advantage_std"] = (q_bar - v).std()
-        return {f"losses/{k}": x.detach() for k, x in losses.items()}
+        lr = agent.q_opt.param_groups[0]["lr"].clone()
+        return {f"losses/{k}": x.detach() for k, x in losses.items()} | {"charts/lr": lr}
 
     return update
 
@@ -615,7 +632,7 @@ def weigh(args: Args, agent: Agent, data) -> Tensor:
 
 
 def make_update(args: Args, agent: Agent, data, w: Tensor | None):
-    """Third stage (Algorithm 1): update() is one step of the joint model of z = (a, w).  w: of `weigh`; None for the
+    """Main stage (Algorithm 1): update() is one step of the joint model of z = (a, w).  w: of `weigh`; None for the
     paper's toys, whose w = exp(beta (E - 1)) is made here for beta ~ U{0..24}, beta in the place of the state."""
     net, device, B, T = agent.net, data.a.device, args.batch_size, args.T
     alpha_bar = make_schedule(args).alpha_bar.to(device)
@@ -634,17 +651,13 @@ def make_update(args: Args, agent: Agent, data, w: Tensor | None):
         z_t = ab.sqrt() * z_0 + (1 - ab).sqrt() * eps  # (3)
         loss_a, loss_w = joint_loss(*net(z_t, s, net.embed(t.float())), eps, args.weight_factor)
 
-        agent.opt.zero_grad(set_to_none=True)
-        (loss_a + loss_w).backward()
-        losses = {"action": loss_a.detach(), "weight": loss_w.detach()}
-        if args.clip_norm:
-            losses["gradient_norm"] = nn.utils.clip_grad_norm_(net.parameters(), args.clip_norm)
-        lr = agent.opt.param_groups[0]["lr"]
-        lr.copy_(args.lr * 0.5 * (1 + torch.cos(math.pi * agent.step / (args.lr_decay_steps or args.steps))))
-        agent.opt.step()
+        anneal(agent.opt, args.lr, agent.step / (args.lr_decay_steps or args.steps))
+        norm = descend(loss_a + loss_w, agent.opt, args.clip_norm)
         average(agent.net_ema, net, args.ema)  # [D10] at every step, from the first
         agent.step += 1
-        return {f"losses/{k}": x for k, x in losses.items()} | {"charts/lr": lr.clone()}
+        losses = {"action": loss_a, "weight": loss_w} | ({"gradient_norm": norm} if args.clip_norm else {})
+        lr = agent.opt.param_groups[0]["lr"].clone()
+        return {f"losses/{k}": x.detach() for k, x in losses.items()} | {"charts/lr": lr}
 
     return update
 
@@ -927,7 +940,7 @@ class Run:
 
     def save(self, losses: dict[str, Tensor]) -> None:
         nets = {k: v for k, v in self.state.items() if isinstance(v, nn.Module)}
-        self.check(losses | {f"weights of {k}": sum(p.sum() for p in v.parameters()) for k, v in nets.items()})
+        self.check(losses | {f"weights of {k}": sum(x.sum() for x in v.state_dict().values()) for k, v in nets.items()})
         save(self.folder / "last.pt", self.state, self.progress, self.args)
 
     def evaluate(self, act, step: int, episodes: int) -> None:
@@ -960,8 +973,8 @@ class Run:
         values = [[float(row[key]) for row in self.rows if int(row["step"]) == step] for step in steps]
         return np.array(steps), np.array([np.mean(v) for v in values]), np.array([np.std(v) for v in values])
 
-    def finish(self, data_average: float) -> None:
-        """result.json, curve.png and the last line."""
+    def finish(self, data_returns: np.ndarray, act) -> None:
+        """result.json, curve.png, the video if asked for, and the last line."""
         step = self.progress["step"]
         final = [row for row in self.rows if int(row["step"]) == step]
         returns = np.array([float(row["return"]) for row in final])
@@ -974,7 +987,12 @@ class Run:
         result["train_seconds"] = sum(self.progress["seconds"].values())
         result["eval_seconds"] = self.progress["eval_seconds"]
         self.write("result.json", json.dumps(result | {"device": device_name(self.device)}, indent=2))
-        plot_curve(self, data_average)
+        data_scores = normalized_score(self.args.env, data_returns)
+        plot_curve(self, float((data_returns if data_scores is None else data_scores).mean()))
+        if self.args.video:
+            record(act, self.args, self.device)
+        if self.args.env == "pendulum-demo":
+            print(f"next: python {METHOD}.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
         print(summary(self.args, returns, step))
 
 
@@ -1078,6 +1096,17 @@ def off_support(env: str, a: Tensor) -> float:
     return float((torch.cdist(a, TOYS[env].centres).amin(-1) > 3 * TOYS[env].spread).float().mean())
 
 
+def announce(args, data, returns: np.ndarray, device: torch.device) -> None:
+    """What is trained on, and every setting."""
+    scores = normalized_score(args.env, returns)
+    average = f"average return {returns.mean():.1f}"
+    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
+    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
+    if args.env not in PRESETS:
+        print(f"note: no preset for {args.env}: general settings of the paper, see below")
+    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+
+
 def task_sizes(args) -> tuple[int, int]:
     """Observation and action sizes of the evaluation task; if it cannot be made, the run ends before a download."""
     if args.env in TOYS:
@@ -1143,9 +1172,9 @@ def main(args: Args) -> None:
     if args.layer_norm is None:  # [D8]
         args = replace(args, layer_norm=task[0] > 4)
     data = load_dataset(args.env, args.data_path, args.data_url).to(device)
-    check_task(task, data.s.shape[1], data.a.shape[1])
+    S, A = data.s.shape[1], data.a.shape[1]
+    check_task(task, S, A)
     returns = data.returns().cpu().numpy()  # as stored
-    scores = normalized_score(args.env, returns)
     factor = reward_scale(data) if args.reward_scale == "range" else 1.0
 
     def scaled(r: Tensor) -> Tensor:
@@ -1155,7 +1184,6 @@ def main(args: Args) -> None:
         data.r = scaled(data.r)  # not in place: common.py keeps a toy's tensors
         data.a = data.a.clamp(-1 + 1e-5, 1 - 1e-5)  # as released
 
-    S, A = data.s.shape[1], data.a.shape[1]
     agent = make_agent(args, S, A, device)
     borrowed = args.pretrained and not (args.resume and (run_folder(args) / "last.pt").exists())
     if borrowed:  # before the run's folder is touched
@@ -1163,12 +1191,7 @@ def main(args: Args) -> None:
     run = Run(args, agent_state(agent), device)
     if borrowed:
         run.progress["done"].append("critic")
-    average = f"average return {returns.mean():.1f}"
-    average += "" if scores is None else f" (normalized score {scores.mean():.1f})"
-    print(f"{args.env}: {len(data)} transitions in {len(returns)} episodes, {average}; {device_name(device)}")
-    if args.env not in PRESETS:
-        print(f"note: no preset for {args.env}: general settings of the paper, see below")
-    print(" ".join(f"{k}={v}" for k, v in asdict(args).items() if v is not None))
+    announce(args, data, returns, device)
 
     w = None
     if args.env not in BETA_TOYS:
@@ -1176,31 +1199,30 @@ def main(args: Args) -> None:
         run.train("critic", args.critic_steps, lambda i: update_critic())
         w = weigh(args, agent, data)
     update = accelerate(make_update(args, agent, data, w), args, device)
-    act = make_act(args, agent, A, device)
+    act = make_act(args, agent, A)
     run.train("train", args.steps, lambda i: update(), act)
 
     if args.env in BETA_TOYS:
         beta_figure(args, agent, run.folder / "samples.png", device)
     elif args.env in TOYS:
         toy_figure(args, agent, data, run.folder, act, scaled)
-    if args.env == "pendulum-demo":
-        print("next: python swg.py --env hopper-demo   (real MuJoCo data, minutes on a CPU)")
-    if args.video:
-        record(act, args, device)
-    run.finish(float((returns if scores is None else scores).mean()))
+    run.finish(returns, act)
 
 
 @torch.no_grad()
 def toy_figure(args: Args, agent: Agent, data, folder: Path, act, scaled) -> None:
     """samples.png of a bandit, and how far samples of the exact case (rho 1, kappa 1, N 1) are from exact ones."""
     s = torch.zeros(4000, 1, device=data.a.device)
-    guided = make_act(replace(args, rho=1.0, kappa=1.0, N=1), agent, 2, data.a.device)(s).cpu()
+    guided = make_act(replace(args, rho=1.0, kappa=1.0, N=1), agent, 2)(s).cpu()
     exact, floor = exact_samples(args, scaled, len(s), 1), exact_samples(args, scaled, len(s), 2)
     distance, least = common.energy_distance(guided, exact), common.energy_distance(floor, exact)
     note = f"distance to exact: {distance:.4f} at rho 1, kappa 1, N 1"
     print(f"energy {note}; between two exact sample sets {least:.4f}")
-    judge = lambda a: agent.judge(s[:1].expand(len(a), -1), a)  # noqa: E731
-    plot_toy(folder / "samples.png", args.env, data, judge, act(s[:2000]), note)
+
+    def value(a: Tensor) -> Tensor:
+        return agent.judge(s[:1].expand(len(a), -1), a)
+
+    plot_toy(folder / "samples.png", args.env, data, value, act(s[:2000]), note)
 
 
 @torch.no_grad()
@@ -1250,14 +1272,15 @@ def load_policy(folder: str | Path, device: str = "auto", env: str | None = None
     content = load(Path(folder) / "last.pt", env)
     if content["progress"]["stage"] != "train":
         raise UserError(f"{folder} has no policy yet, its main stage has not begun: continue with --resume")
-    lists = {k: tuple(v) for k, v in content["args"].items() if isinstance(v, list)}
-    args = resolve(replace(Args(**(content["args"] | lists)), device=device, **settings))
-    device = pick_device(args)
-    S, A = task_sizes(args) if args.env in TOYS else trained_sizes(content["state"])
-    check_task(task_sizes(args), S, A)
+    args = resolve(replace(Args(**content["args"]), device=device, **settings))
+    device, (S, A) = pick_device(args), task_sizes(args)
     agent = make_agent(args, S, A, device)
-    restore(agent_state(agent), content)
-    return make_act(args, agent, A, device), args, content["progress"]["step"]
+    try:
+        restore(agent_state(agent), content)
+    except RuntimeError as error:
+        sizes = f"observations of {S} numbers and actions of {A}"
+        raise UserError(f"{folder}: its data is not of the task, {sizes}; check --env and --eval-env") from error
+    return make_act(args, agent, A), args, content["progress"]["step"]
 
 
 def reevaluate(args: Args) -> None:
@@ -1284,12 +1307,6 @@ def reevaluate(args: Args) -> None:
     if args.video:
         record(act, args, device)
     print(summary(args, returns, step))
-
-
-def trained_sizes(state: dict) -> tuple[int, int]:
-    """Observation and action sizes of a checkpoint."""
-    A = state["net"]["action.weight"].shape[0] - ("weight.0.weight" not in state["net"])
-    return state["q"]["weights.0"].shape[1] - A, A
 
 
 def parse_args(kind):

@@ -23,7 +23,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dac  # noqa: E402
-from common import TOYS, energy_distance, tilted_samples, toy_dataset, vp_schedule  # noqa: E402
+from common import TOYS, energy_distance, tilted_samples, toy_dataset  # noqa: E402
 
 SETS = ("bandit-two", "bandit-three", "bandit-moons", "bandit-circles")
 NAMES = {"none": "cloning", "denoised": "denoised", "hard": "hard", "soft": "soft"}
@@ -62,7 +62,7 @@ def samples(args: Args, env: str, guidance: str, n: int) -> tuple[torch.Tensor, 
     agent = dac.make_agent(run_args, 1, 2, torch.device("cpu"))
     dac.restore(dac.agent_state(agent), content)
     torch.manual_seed(1)
-    act = dac.make_act(run_args, agent.actor, agent.critics_target, 2, vp_schedule(run_args.T))
+    act = dac.make_act(run_args, agent, 2)
     return act(torch.zeros(n, 1)), agent, run_args
 
 
@@ -82,8 +82,8 @@ def main(args: Args) -> None:
         toy, data = TOYS[env], toy_dataset(env).a[: TOYS[env].rows]
         soft = samples(args, env, "soft", 1)[1]
         with torch.no_grad():
-            field = soft.critics_target(torch.zeros(len(grid), 1), grid).mean(0).view(61, 61).T
-            C = soft.critics_target(torch.zeros(len(data), 1), data).abs().mean()
+            field = soft.judge(torch.zeros(len(grid), 1), grid).view(61, 61).T
+            C = soft.q_target(torch.cat([torch.zeros(len(data), 1), data], -1)).abs().mean()
         beta = 1 / (2 * float(soft.eta) * float(C))
         exact, floor = tilted_samples(env, 10_000, beta, seed=1), tilted_samples(env, 10_000, beta, seed=2)
         sets = {g: samples(args, env, g, 10_000)[0] for g in NAMES} | {"exact": exact}

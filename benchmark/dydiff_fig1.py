@@ -72,11 +72,11 @@ class Feed:
                 self.s = self.env.reset(seed=int(torch.randint(2**31, ())))[0]
             s = torch.as_tensor(self.s, dtype=torch.float32)
             with torch.no_grad():
-                a = self.agent.policy.act(frames.policy(s)[None])[0]
+                a = self.agent.policy.act(frames.to_policy(s)[None])[0]
             self.s, r, terminal, timeout, _ = self.env.step(a.numpy())
             new = torch.as_tensor(self.s, dtype=torch.float32)
             ends = torch.tensor([r, terminal], dtype=torch.float32)
-            out.append(torch.cat([frames.policy(s), a, ends[:1], frames.policy(new), ends[1:]]))
+            out.append(torch.cat([frames.to_policy(s), a, ends[:1], frames.to_policy(new), ends[1:]]))
             self.s = None if terminal or timeout else self.s
         dydiff.push(self.agent, torch.stack(out))
         return {}
@@ -90,7 +90,7 @@ def repetition(args: Args, folder: Path):
     data, frames = common.transitions(raw), trained.frames
     S, A = data.s.shape[1], data.a.shape[1]
     with torch.no_grad():
-        s, s_next = frames.policy(data.s), frames.policy(data.s_next)
+        s, s_next = frames.to_policy(data.s), frames.to_policy(data.s_next)
     rows = torch.cat([s, data.a, data.r[:, None], s_next, data.terminal[:, None]], -1)
     keep = np.ones(len(raw.s), bool) if raw.s_next is not None else np.append(~raw.timeout[:-1], False)
     pieces = dydiff.trajectories(raw.terminal, raw.timeout)
@@ -110,8 +110,8 @@ def repetition(args: Args, folder: Path):
         elif name == "on-policy data":
             roll = Feed(arm, agent, args.rows, None)
         else:
-            roll = dydiff.Roller(arm, agent, frames, frames.model(data.s[mine]))
-        update, act = dydiff.make_update(arm, agent, rows[mine], S, A, roll), dydiff.make_act(arm, agent)
+            roll = dydiff.Roller(arm, agent, frames.to_model(data.s[mine]))
+        update, act = dydiff.make_update(arm, agent, rows[mine], S, A, roll), dydiff.make_act(arm, agent, A)
         for step in range(args.steps + 1):
             if step % run.eval_every == 0:
                 last = step == args.steps

@@ -53,7 +53,7 @@ def held_out(args: dydiff.Args, agent: dydiff.Agent, n: int) -> tuple[Tensor, bo
     raw = common.load_raw(args.env, args.data_path, args.data_url)
     data = common.transitions(raw)
     rows = torch.cat([data.s, data.a, data.r[:, None], data.s_next, data.terminal[:, None]], -1)
-    train, held, _ = dydiff.prepare(args, agent.frames, raw, rows, torch.device("cpu"), n)
+    train, held, _ = dydiff.prepare(args, agent.frames, raw, rows, n)
     return (held, True) if len(held) else (train[dydiff.unpadded(train, n)], False)
 
 
@@ -87,16 +87,16 @@ def rollouts(args: dydiff.Args, agent: dydiff.Agent, s_0: Tensor) -> dict[str, t
     """{name: states (n, H, S) raw, actions (n, H, A)}, the run's policy acting in the model.  s_0: model's frame."""
     frames, act = agent.frames, agent.policy.act
     start = dydiff.autoregress(frames, act, agent.ensemble, s_0, args.H)
-    drawn = dydiff.draw_states(args, agent.unet_ema, s_0, frames.model_action(start[1]))
+    drawn = dydiff.draw_states(args, agent.unet_ema, s_0, frames.action_to_model(start[1]))
     found = {"ensemble (M = 0)": start, "diffusion, actions of M = 0": (drawn, start[1])}
     given = lambda s, a: dydiff.draw_states(args, agent.unet_ema, s, a)  # noqa: E731
     for name, kind in (("DyDiff, M = 2, replacing", "replace"), ("DyDiff, M = 2, averaging", "average")):
         found[name] = dydiff.correct(replace(args, M=2, correction=kind), frames, act, given, *start)[:2]
-    return {k: (frames.raw(s, clip=False), a) for k, (s, a) in found.items()}
+    return {k: (frames.from_model(s, clip=False), a) for k, (s, a) in found.items()}
 
 
 def difference(frames: dydiff.Frames, s: Tensor, truth: Tensor) -> Tensor:
-    return (frames.policy(s) - frames.policy(truth)).square().mean(-1)
+    return (frames.to_policy(s) - frames.to_policy(truth)).square().mean(-1)
 
 
 @torch.no_grad()
@@ -111,9 +111,9 @@ def main(args: Args) -> None:
         S = frames.mean.shape[0]
         windows, held = held_out(run, agent, args.windows)
         what = f"{len(windows)} {'held-out' if held else 'TRAINING'}"
-        truth, a = frames.raw(windows[..., :S], clip=False), frames.action(windows[..., S:])  # (n, H, S)
+        truth, a = frames.from_model(windows[..., :S], clip=False), frames.action_from_model(windows[..., S:])
         torch.manual_seed(0)
-        logged = dydiff.rollout_errors(run, agent, frames, windows)
+        logged = dydiff.rollout_errors(run, agent, windows)
         logged["simulator"] = difference(frames, simulate(env, truth[:, 0], a[:, :-1]), truth)
         own, consistency = {}, {}
         for name, (s, actions) in rollouts(run, agent, windows[:, 0, :S]).items():

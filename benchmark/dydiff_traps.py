@@ -52,7 +52,7 @@ SETTINGS = {
 def sampler(args: Args, run: dydiff.Args, agent: dydiff.Agent, windows: torch.Tensor) -> None:
     print("| data | sampler | step 1 | half | last | seconds |\n" + "|---" * 6 + "|")
     frames, S = agent.frames, agent.frames.mean.shape[0]
-    truth = frames.policy(frames.raw(windows[..., :S], clip=False))
+    truth = frames.to_policy(frames.from_model(windows[..., :S], clip=False))
     nets = {name: (agent.unet_ema, settings) for name, settings in SETTINGS.items()}
     if args.compile:
         nets["compiled"] = (torch.compile(agent.unet_ema), {})
@@ -61,7 +61,7 @@ def sampler(args: Args, run: dydiff.Args, agent: dydiff.Agent, windows: torch.Te
         draw() if name in ("the run's", "compiled") else None  # warm
         torch.manual_seed(0)
         clock = time.perf_counter()
-        e = (frames.policy(frames.raw(draw())) - truth).square().mean((0, 2))  # (H,)
+        e = (frames.to_policy(frames.from_model(draw())) - truth).square().mean((0, 2))  # (H,)
         seconds = time.perf_counter() - clock
         print(f"| {run.env} | {name} | {e[1]:.2g} | {e[run.H // 2]:.2g} | {e[-1]:.2g} | {seconds:.1f} |", flush=True)
 
@@ -100,8 +100,8 @@ def ensembles(args: Args, run: dydiff.Args, agent: dydiff.Agent, windows: torch.
     raw = common.load_raw(run.env, run.data_path, run.data_url)
     data, frames = common.transitions(raw), agent.frames
     S, A = data.s.shape[1], data.a.shape[1]
-    parts = [frames.policy(data.s), data.a, data.r[:, None], frames.policy(data.s_next), data.terminal[:, None]]
-    rows = dydiff.prepare(run, frames, raw, torch.cat(parts, -1), torch.device("cpu"))[2]
+    parts = [frames.to_policy(data.s), data.a, data.r[:, None], frames.to_policy(data.s_next), data.terminal[:, None]]
+    rows = dydiff.prepare(run, frames, raw, torch.cat(parts, -1))[2]
     change = (rows[:, S + A + 1 : -1] - rows[:, :S]).square().sum(-1)
     end = rows[:, -1] == 1
     share = (
@@ -115,7 +115,7 @@ def ensembles(args: Args, run: dydiff.Args, agent: dydiff.Agent, windows: torch.
         fresh.frames.load_state_dict(frames.state_dict())
         dydiff.train_regressions(run, fresh, Short(args.ensemble_steps), rows, S, A, known)
         with torch.no_grad():
-            e = dydiff.rollout_errors(replace(run, augment="single-step"), fresh, frames, windows)["ensemble"].mean(0)
+            e = dydiff.rollout_errors(replace(run, augment="single-step"), fresh, windows)["ensemble"].mean(0)
         print(f"| {run.env} | {name} | {e[1]:.2g} | {e[run.H // 2]:.2g} | {e[-1]:.2g} |", flush=True)
 
 
@@ -132,7 +132,7 @@ def main(args: Args) -> None:
     for run, agent in loaded:
         data = common.transitions(common.load_raw(run.env, run.data_path, run.data_url))
         g = torch.Generator().manual_seed(0)
-        starts = agent.frames.model(data.s[torch.randint(len(data), (args.windows,), generator=g)])
+        starts = agent.frames.to_model(data.s[torch.randint(len(data), (args.windows,), generator=g)])
         with torch.no_grad():
             rollouts(args, run, agent, starts)
         print()

@@ -85,7 +85,7 @@ def inverse_temperature(args: Args, run: dac.Args) -> float:
     dac.restore(dac.agent_state(agent), content)
     a = toy_dataset(run.env).a[: toy.rows : -(-toy.rows // 10_000)]
     with torch.no_grad():
-        return float(1 / (2 * agent.eta * dac.value_scale(agent.critics_target(torch.zeros(len(a), 1), a))))
+        return float(1 / (2 * agent.eta * dac.value_scale(agent.q_target(torch.cat([torch.zeros(len(a), 1), a], -1)))))
 
 
 def target(args: Args, method, run):

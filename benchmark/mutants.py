@@ -47,8 +47,8 @@ MUTANTS["dac"] = [
     ("return ab.sqrt() * a + (1 - ab).sqrt() * eps", "return ab * a + (1 - ab).sqrt() * eps"),
     ("return ab.sqrt() * a + (1 - ab).sqrt() * eps", "return ab.sqrt() * a - (1 - ab).sqrt() * eps"),
     ("return q.abs().mean() + 1e-6", "return q.mean().abs() + 1e-6"),
-    ("critics(s, x_t).mean(0).sum()", "critics(s, x_t).amin(0).sum()"),
-    ("critics(s, x_t).mean(0).sum()", "critics(s, x_t).mean()"),
+    ("q(torch.cat([s, x_t], -1)).mean(0).sum()", "q(torch.cat([s, x_t], -1)).amin(0).sum()"),
+    ("q(torch.cat([s, x_t], -1)).mean(0).sum()", "q(torch.cat([s, x_t], -1)).mean()"),
     ("factor = (1 - sched.alpha_bar[t, None]).sqrt()", "factor = sched.alpha_bar[t, None].sqrt()"),
     ("factor = (1 - sched.alpha_bar[t, None]).sqrt()", "factor = (1 - sched.alpha_bar[t - 1, None]).sqrt()"),
     ("push = (factor * g * e).mean()", "push = -(factor * g * e).mean()"),
@@ -64,21 +64,21 @@ MUTANTS["dac"] = [
     # sampler
     ("for t in range(sched.T, 0, -1)", "for t in range(sched.T - 1, 0, -1)"),
     ("x_0 = x_0.clamp(-1, 1)", "pass"),
-    ("alpha.sqrt() * (1 - ab_prev) * x)", "alpha.sqrt() * (1 - ab) * x)"),
-    ("x = x + beta.sqrt() * z[t]", "x = x + (beta * (1 - ab_prev) / (1 - ab)).sqrt() * z[t]"),  # the posterior's
+    ("alpha[t] ** 0.5 * (1 - ab_prev) * x)", "alpha[t] ** 0.5 * (1 - ab) * x)"),
+    ("beta[t] ** 0.5 * noise[t]", "(beta[t] * (1 - ab_prev) / (1 - ab)) ** 0.5 * noise[t]"),  # the posterior's
     ("if t > 1:", "if t > 0:"),
-    ("critics_target(s_n, a).mean(0)", "critics_target(s_n, a).amin(0)"),
-    ("n = q.argmax(-1, keepdim=True)", "n = q.argmin(-1, keepdim=True)"),
+    ("self.q_target(torch.cat([s, a], -1)).mean(0)", "self.q_target(torch.cat([s, a], -1)).amin(0)"),
+    ("else q.argmax(-1)", "else q.argmin(-1)"),
     # update
-    ("a_n = draw(agent.actor_target, s_n", "a_n = draw(actor, s_n"),
-    ("[critics_target(*k) for k", "[critics(*k) for k"),
-    ("descend(loss_q, critics, agent.critic_opt, args.critic_lr)\n"
-     "        average(critics_target, critics, args.polyak)\n",
-     "average(critics_target, critics, args.polyak)\n"
-     "        descend(loss_q, critics, agent.critic_opt, args.critic_lr)\n"),
+    ("draw(agent.actor_target, s_n", "draw(actor, s_n"),
+    ("[q_target(x) for x", "[q(x) for x"),
+    ("descend(loss_q, agent.q_opt, args.clip_norm)\n"
+     "        average(q_target, q, args.polyak)\n",
+     "average(q_target, q, args.polyak)\n"
+     "        descend(loss_q, agent.q_opt, args.clip_norm)\n"),
     ("t = torch.randint(1, sched.T + 1,", "t = torch.randint(1, sched.T,"),
-    ("g = value_gradient(critics_target, s, x_t, C)", "g = value_gradient(critics, s, x_t, C)"),
-    ("g = value_gradient(critics_target, s, x_t, C)", "g = value_gradient(critics_target, s, a, C)"),
+    ("g = value_gradient(q_target, s, x_t, C)", "g = value_gradient(q, s, x_t, C)"),
+    ("g = value_gradient(q_target, s, x_t, C)", "g = value_gradient(q_target, s, a, C)"),
     ("bc_new = (actor(s, x_t, t) - eps).square().mean()", "bc_new = bc"),  # of the actor before its step
     ("average(agent.actor_target, actor, args.polyak)", "average(agent.actor_target, actor, 1 - args.polyak)"),
 ]  # fmt: skip
@@ -90,7 +90,7 @@ MUTANTS["diffusion_dice"] = [
     # losses
     ("sde.alpha(t).view(shape) * a + sde", "sde.alpha(t).view(shape) ** 2 * a + sde"),
     ("[:, None] * score + eps)", "[:, None] * score - eps)"),
-    ("torch.where(x >= 1, square, entropy)", "torch.where(x >= 1, entropy, square)"),
+    ("torch.where(x >= 0, linear, exponential)", "torch.where(x >= 1, linear, exponential)"),
     ("square = y.square() / 4 + y", "square = y.square() / 2 + y"),
     ("torch.where(y >= -2, square, -1.0)", "square"),  # pearson without its bound w >= 0
     ("linear, exponential = x / 2 + 1", "linear, exponential = x + 1"),
@@ -109,7 +109,7 @@ MUTANTS["diffusion_dice"] = [
     ("(x_0(x_u, time[u]) - D)", "(x_0(x_u, time[j]) - D)"),
     ("return (x + sde.sigma(t).square() * total)", "return (x + sde.sigma(t) * total)"),
     ("total = total + kappa * torch", "total = total - kappa * torch"),
-    ("return q.argmax(-1)", "return q.argmin(-1)"),
+    ("else q.argmax(-1)", "else q.argmin(-1)"),
     # update
     ("return 1e-3 + (1 - 1e-3) * torch.rand", "return torch.rand"),
     ("q_bar = q_target(a_s).amin(0)", "q_bar = q_target(a_s).amax(0)"),
@@ -173,7 +173,7 @@ MUTANTS["dydiff"] = [
     # networks
     ("0.5 - F.softplus(0.5 - raw)", "0.5 - F.softplus(raw - 0.5)"),
     ("log_p = log_p - 2 * (math.log(2)", "log_p = log_p + 2 * (math.log(2)"),
-    ("waves((t - 1).float(), 16)", "waves(t.float(), 16)"),
+    ("t = (t - 1).float()", "t = t.float()"),
     ("x = x + (beta[t] * (1 - ab_prev) / (1 - ab)) ** 0.5", "x = x + beta[t] ** 0.5"),
     # losses
     ("torch.cat([s_0[:, None], x[:, 1:,", "torch.cat([s_0[:, None], x[:, :-1,"),
@@ -192,8 +192,8 @@ MUTANTS["dydiff"] = [
     ("return s * self.std + self.mean", "return s + self.mean"),
     ("((x.clamp(-1, 1) if clip else x) + 1)", "(x.clamp(-1, 1) + 1)"),
     # rollouts
-    ("predict(frames.policy(frames.raw(x)), a)", "predict(frames.policy(frames.raw(x, clip=False)), a)"),
-    ("drawn = states_given(s[:, 0], frames.model_action(a))", "drawn = states_given(s[:, 0], a)"),
+    ("predict(frames.to_policy(frames.from_model(x)), a)", "predict(frames.to_policy(frames.from_model(x, False)), a)"),
+    ("drawn = states_given(s[:, 0], frames.action_to_model(a))", "drawn = states_given(s[:, 0], a)"),
     ("(drawn[:, 1:] + s[:, 1:]) / 2", "drawn[:, 1:]"),
     ("padded = drawn.mean(-1) < -0.95", "padded = s.mean(-1) < -0.95"),
     ("(R >= R.quantile(1 - eta))", "(R >= R.quantile(eta))"),
@@ -208,7 +208,7 @@ MUTANTS["dydiff"] = [
     ("a_next = target.sample(s_next)[0][0]", "a_next = policy.sample(s_next)[0][0]"),
     ("loss_pi = (alpha * log_pi - twin", "loss_pi = (alpha * log_pi + twin"),
     ("grad = (A - log_pi.detach()).mean()", "grad = (-A - log_pi.detach()).mean()"),
-    ("value.detach().clamp(-10, 0.5).exp()", "value.detach().clamp(-10, 5).exp()"),
+    ("log_alpha.clamp(-10, 0.5).exp()", "log_alpha.clamp(-10, 5).exp()"),
     ("a_next = target.act(s_next)", "a_next = policy.act(s_next)"),
     ("q_pi = twin(q, s, policy.clean(a_t, t, eps_hat))", "q_pi = twin(q, s, policy.clean(a_t, t, eps_hat.detach()))"),
     ("loss_pi = loss_bc - args.eta_q * one.mean() / other", "loss_pi = loss_bc - args.eta_q * one.mean() / one"),

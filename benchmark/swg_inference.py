@@ -45,7 +45,7 @@ def times(args: Args, device: torch.device, blocks: int, width: int) -> np.ndarr
     """(calls,) milliseconds"""
     run = swg.resolve(swg.Args(env="halfcheetah-medium-v2", blocks=blocks, width=width, rho=1.0, graph=args.graph))
     agent = swg.make_agent(run, 17, 6, device)
-    act, s, ms = swg.make_act(run, agent, 6, device), torch.randn(1, 17, device=device), []
+    act, s, ms = swg.make_act(run, agent, 6), torch.randn(1, 17, device=device), []
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(20 + args.calls):
         wait()

@@ -74,7 +74,7 @@ def measure(args: Args, env: str, seed: int) -> list[dict]:
     agent, run = load(args, env, seed)
     rows, reward = [], common.TOYS[env].reward
     for beta in args.betas:
-        act = swg.make_act(replace(run, beta=beta, rho=float(beta > 0)), agent, 2, torch.device("cpu"))
+        act = swg.make_act(replace(run, beta=beta, rho=float(beta > 0)), agent, 2)
         a = act(torch.zeros(args.samples, 1))
         exact, other = (common.tilted_samples(env, args.samples, beta, 10 * seed + i) for i in (1, 2))
         row = {"env": env, "seed": seed, "beta": beta, "distance": common.energy_distance(a, exact)}

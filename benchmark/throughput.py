@@ -34,7 +34,7 @@ import dac  # noqa: E402
 import diffusion_dice  # noqa: E402
 import dydiff  # noqa: E402
 import swg  # noqa: E402
-from common import Dataset, vp_schedule  # noqa: E402
+from common import Dataset  # noqa: E402
 
 Mode = Literal["eager", "compiled", "graphed", "compiled+graphed"]
 SIZES = {"paper": ("halfcheetah-medium-v2", 17, 6), "demo": ("hopper-demo", 11, 3), "pendulum": ("pendulum-demo", 3, 1)}
@@ -132,16 +132,16 @@ def parts(args: Args, script: str, size: str, T: int, device: torch.device) -> d
     if script == "dac":
         run = dac.resolve(dac.Args(env=env, guidance=args.guidance, T=T, steps=2_000_000))
         agent = dac.make_agent(run, S, A, device)
-        update, _ = dac.make_update(run, agent, data, vp_schedule(T).to(device))
-        act = dac.make_act(run, agent.actor, agent.critics_target, A, vp_schedule(T).to(device))
+        update, _ = dac.make_update(run, agent, data)
+        act = dac.make_act(run, agent, A)
         return {f"{args.guidance}, T={T}": (update, {"act": lambda: act(ten)})}
     if script == "dydiff":
         return dydiff_parts(env, data, ten, device)
     if script == "swg":
         run = swg.resolve(swg.Args(env=env, steps=1_000_000, lr_decay_steps=3_000_000, layer_norm=True))
         agent = swg.make_agent(run, S, A, device)
-        act = swg.make_act(run, agent, A, device)
-        plain = swg.make_act(replace(run, rho=0.0), agent, A, device)
+        act = swg.make_act(run, agent, A)
+        plain = swg.make_act(replace(run, rho=0.0), agent, A)
         acts = {"act": lambda: act(ten), "act 1": lambda: act(ten[:1]), "act 1, rho 0": lambda: plain(ten[:1])}
         w = torch.rand(n, device=device)
         return {
@@ -177,7 +177,8 @@ def dydiff_parts(env: str, data: Dataset, ten: torch.Tensor, device: torch.devic
         run = dydiff.resolve(dydiff.Args(env=env, base=base, augment="dydiff"))
         agent = dydiff.make_agent(run, S, A, device)
         agent.filled.fill_(len(agent.ring))
-        update, act, count = dydiff.make_update(run, agent, rows, S, A), dydiff.make_act(run, agent), itertools.count()
+        update, act = dydiff.make_update(run, agent, rows, S, A), dydiff.make_act(run, agent, A)
+        count = itertools.count()
         step = lambda update=update, count=count: update(next(count))  # td3bc: every second one has the actor  # noqa: E731
         out[base] = step, {"act": lambda act=act: act(ten)}
     return out
@@ -197,7 +198,7 @@ def dydiff_models(env: str, rows: torch.Tensor, windows: dydiff.Windows, S: int,
         "reward": (lambda: captured.reward(0), {}),
     }
     if run.b * run.M * run.N < 10_000 or device.type == "cuda":  # at paper size an hour on a CPU
-        out["rollout"] = dydiff.Roller(run, agent, agent.frames, rows[:, :S]), {}
+        out["rollout"] = dydiff.Roller(run, agent, rows[:, :S]), {}
     return out
 
 

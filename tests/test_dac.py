@@ -43,9 +43,10 @@ def seed():
 
 
 @pytest.fixture
-def float64():
+def float64(monkeypatch):
     """Everything that a test creates is double: two computations then agree to 1e-10, or they differ."""
     torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(dac, "vp_schedule", double_schedule)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -271,7 +272,8 @@ class Bowls(nn.Module):
         super().__init__()
         self.w = nn.Parameter(tensor(w))
 
-    def forward(self, s, a):
+    def forward(self, s_a):
+        s, a = s_a.chunk(2, -1)
         return self.w[:, None] * (a - s).square().sum(-1)
 
 
@@ -286,11 +288,12 @@ def test_value_gradient_is_that_of_the_mean_over_heads_at_the_noisy_action():
 
 
 def test_value_gradient_of_the_real_critics_equals_finite_differences(float64):
-    critics, s, x_t, C = dac.Critics(3, 2, (7, 5), H=4), torch.randn(6, 3), 2 * torch.randn(6, 2), tensor(0.8)
+    critics, s, x_t, C = dac.Heads(5, (7, 5), H=4), torch.randn(6, 3), 2 * torch.randn(6, 2), tensor(0.8)
     g, h = dac.value_gradient(critics, s, x_t, C), 1e-6
     for j in range(2):
         step = h * torch.eye(2)[j]
-        difference = (critics(s, x_t + step) - critics(s, x_t - step)).mean(0) / (2 * h)
+        ahead, behind = (critics(torch.cat([s, x], -1)).mean(0) for x in (x_t + step, x_t - step))
+        difference = (ahead - behind) / (2 * h)
         close(g[:, j], (difference / 0.8).detach(), 1e-8)
     assert all(p.grad is None for p in critics.parameters())
 
@@ -411,7 +414,7 @@ def count(net):
 
 def test_networks_have_as_many_parameters_as_the_published_ones():
     assert count(dac.NoiseNet(17, 6, (256, 256, 256))) == 149_062
-    assert count(dac.Critics(17, 6, (256, 256, 256), H=10)) == 1_379_850
+    assert count(dac.Heads(23, (256, 256, 256), H=10)) == 1_379_850
 
 
 def linears(actor):
@@ -427,7 +430,7 @@ def assert_glorot(w, fan_in, fan_out):
 
 def test_weights_start_glorot_uniform_in_every_layer_and_head_and_biases_at_zero():
     torch.manual_seed(0)
-    actor, critics = dac.NoiseNet(17, 6, (256, 256)), dac.Critics(17, 6, (256, 128), H=4)
+    actor, critics = dac.NoiseNet(17, 6, (256, 256)), dac.Heads(23, (256, 128), H=4)
     shapes = [(16, 32), (32, 32), (17 + 6 + 32, 256), (256, 256), (256, 6)]  # the last layer is not special
     for layer, (i, o) in zip(linears(actor), shapes, strict=True):
         assert layer.weight.shape == (o, i) and not layer.bias.any()
@@ -477,8 +480,8 @@ def test_noise_network_is_an_mlp_on_state_noisy_action_and_time():
 
 
 def test_critics_equal_as_many_separate_networks():
-    critics, s, a = randomised(dac.Critics(3, 2, (9, 7), H=4)), torch.randn(5, 3), torch.randn(5, 2)
-    q = critics(s, a)
+    critics, s, a = randomised(dac.Heads(5, (9, 7), H=4)), torch.randn(5, 3), torch.randn(5, 2)
+    q = critics(torch.cat([s, a], -1))
     assert q.shape == (4, 5)
     for h in range(4):
         layers = [(w[h].T, b[h, 0]) for w, b in zip(critics.weights, critics.biases)]
@@ -487,7 +490,7 @@ def test_critics_equal_as_many_separate_networks():
 
 def test_targets_start_as_copies_that_learn_only_by_averaging():
     agent = dac.make_agent(tiny_args(), 3, 2, CPU)
-    for net, copy in ((agent.actor, agent.actor_target), (agent.critics, agent.critics_target)):
+    for net, copy in ((agent.actor, agent.actor_target), (agent.q, agent.q_target)):
         for p, p_copy in zip(net.parameters(), copy.parameters(), strict=True):
             assert torch.equal(p, p_copy) and p is not p_copy and p.requires_grad and not p_copy.requires_grad
     dac.average(agent.actor_target, deepcopy(agent.actor), 0.005)  # the average of equals
@@ -505,14 +508,14 @@ def stub_act(monkeypatch, candidates, head_values, **settings):
     """act() among fixed candidates (E, N_a, A), whose values are head_values(a) -> (H, rows)."""
     seen = {}
 
-    def draw(actor, s, A, sched, clip):
+    def sample(actor, s, x, noise, sched, clip):
         seen.update(actor=actor, s=s, clip=clip)
         return candidates.flatten(0, 1)
 
-    monkeypatch.setattr(dac, "draw", draw)
-    args = SimpleNamespace(**{"N_a": candidates.shape[1], "temperature": 0.0, "clip_x0": True} | settings)
-    act = dac.make_act(args, "actor", lambda s, a: head_values(a), candidates.shape[2], None)
-    return act, seen
+    monkeypatch.setattr(dac, "sample", sample)
+    args = replace(tiny_args(), N_a=candidates.shape[1], **{"clip_x0": True} | settings)
+    agent = SimpleNamespace(actor="actor", judge=lambda s, a: head_values(a).mean(0))
+    return dac.make_act(args, agent, candidates.shape[2]), seen
 
 
 def test_acting_takes_the_candidate_of_the_largest_mean_value(monkeypatch):
@@ -544,9 +547,9 @@ def test_with_a_temperature_acting_draws_candidates_by_their_softmax(monkeypatch
 def test_acting_with_the_real_networks_is_best_of_n(float64):
     args = tiny_args(N_a=4, clip_x0=False)
     agent, sched, s = dac.make_agent(args, 3, 2, CPU), double_schedule(3), torch.randn(5, 3)
-    for net in (agent.actor, agent.critics_target):
+    for net in (agent.actor, agent.q_target):
         randomised(net)
-    act = dac.make_act(args, agent.actor, agent.critics_target, 2, sched)
+    act = dac.make_act(args, agent, 2)
     torch.manual_seed(7)
     got = act(s)
     torch.manual_seed(7)
@@ -555,7 +558,7 @@ def test_acting_with_the_real_networks_is_best_of_n(float64):
         rows = slice(4 * i, 4 * i + 4)
         s_i = s[i : i + 1].expand(4, -1)
         a = dac.sample(agent.actor, s_i, x[rows], z[:, rows], sched, clip=False)
-        close(got[i], a[agent.critics_target(s_i, a).mean(0).argmax()].detach(), 1e-10)
+        close(got[i], a[agent.q_target(torch.cat([s_i, a], -1)).mean(0).argmax()].detach(), 1e-10)
 
 
 # --- training the real network on problems with a known answer --------------------------------------------
@@ -566,7 +569,8 @@ class LinearCritics(nn.Module):
         super().__init__()
         self.k, self.c = nn.Parameter(tensor(k)), c
 
-    def forward(self, s, a):
+    def forward(self, s_a):
+        a = s_a[:, 1:]
         return torch.stack([a @ self.k + self.c, a @ self.k - self.c])
 
 
@@ -580,10 +584,10 @@ def train_on_gaussian(eta, eta_lr, b, steps, m=(0.2, -0.3), v=0.04, k=(0.6, -0.3
     args = dac.resolve(dac.Args(env="bandit-two", steps=steps, batch_size=512, T=5, hidden=(64, 64), eta=eta,
                                 eta_lr=eta_lr, b=b, actor_lr=3e-3))  # fmt: skip
     agent, sched = dac.make_agent(args, 1, 2, CPU), vp_schedule(5)
-    agent.critics, agent.critics_target = LinearCritics(k, c), LinearCritics(k, c).requires_grad_(False)
-    agent.critic_opt = torch.optim.Adam(agent.critics.parameters(), tensor(0.0))
+    agent.q, agent.q_target = LinearCritics(k, c), LinearCritics(k, c).requires_grad_(False)
+    agent.q_opt = torch.optim.Adam(agent.q.parameters(), tensor(0.0))
     args = replace(args, critic_lr=0.0)
-    update, _ = dac.make_update(args, agent, data, sched)
+    update, _ = dac.make_update(args, agent, data)
     etas = [update()["losses/eta"].item() for _ in range(steps)]
     return agent, sched, etas
 
@@ -625,14 +629,15 @@ def tiny_args(**settings):
     """Everything at once: rates so high that each mistake shows, a norm bound that is met and not met."""
     args = dac.Args(
         env="hopper-medium-v2", steps=16, batch_size=6, T=3, hidden=(5, 4), H=3, N=2, discount=0.9, rho=1.5,
-        actor_lr=0.02, critic_lr=0.03, grad_clip=0.6, polyak=0.1, ema_every=2, ema_after=4, eta=0.8, b=0.9,
+        actor_lr=0.02, critic_lr=0.03, clip_norm=0.6, polyak=0.1, ema_every=2, ema_after=4, eta=0.8, b=0.9,
         eta_lr=0.05, clip_x0=False,  # concerns acting only: whatever training draws is clipped
     )  # fmt: skip
     return dac.resolve(replace(args, **settings))
 
 
 def double_schedule(T):
-    return common.Schedule(T, *(tensor(x, dtype=torch.float64) for x in vp(T)))
+    rows = vp(T)
+    return common.Schedule(T, *(tensor(x, dtype=torch.float64) for x in rows), rows)
 
 
 def tiny_data(n=40, one_step=False):
@@ -725,12 +730,12 @@ class Slow:
     def __init__(self, args, agent, data):
         self.args, self.data, self.eta = args, data, args.eta
         self.actor, self.actor_target = actor_weights(agent.actor), actor_weights(agent.actor)
-        self.heads, self.heads_target = critic_weights(agent.critics), critic_weights(agent.critics)
+        self.heads, self.heads_target = critic_weights(agent.q), critic_weights(agent.q)
         all_heads = [p for head in self.heads for p in head]  # one optimiser, one norm
         for p in (*self.actor, *all_heads):
             p.requires_grad_()
-        self.actor_adam = SlowAdam(self.actor, args.actor_lr, args.grad_clip, args.steps)
-        self.critic_adam = SlowAdam(all_heads, args.critic_lr, args.grad_clip, args.steps)
+        self.actor_adam = SlowAdam(self.actor, args.actor_lr, args.clip_norm, args.steps)
+        self.critic_adam = SlowAdam(all_heads, args.critic_lr, args.clip_norm, args.steps)
 
     def targets(self, r, s_next, terminal):
         """y, one number per row: over the N next actions first, then over heads."""
@@ -824,15 +829,15 @@ def test_twelve_updates_equal_those_of_a_second_slow_implementation(settings, fl
     """Same initial weights, same random numbers, float64: all losses, weights, averages and eta agree to
     1e-9. The target actor moves after updates 6, 8 and 10 (even, and later than 4)."""
     settings = dict(settings)
-    data, sched = tiny_data(one_step=settings.pop("one_step", False)), double_schedule(3)
+    data = tiny_data(one_step=settings.pop("one_step", False))
     args = tiny_args(**settings)
     torch.manual_seed(0)
     agent = dac.make_agent(args, 3, 2, CPU)
-    for net, copy in ((agent.actor, agent.actor_target), (agent.critics, agent.critics_target)):
+    for net, copy in ((agent.actor, agent.actor_target), (agent.q, agent.q_target)):
         copy.load_state_dict(randomised(net).state_dict())
     slow = Slow(args, agent, data)
 
-    update, update_ema = dac.make_update(args, agent, data, sched)
+    update, update_ema = dac.make_update(args, agent, data)
     fast_losses, slow_losses = [], []
     torch.manual_seed(1)
     for i in range(12):
@@ -847,13 +852,13 @@ def test_twelve_updates_equal_those_of_a_second_slow_implementation(settings, fl
         assert {k: v.item() for k, v in fast.items()} == pytest.approx(want, rel=1e-9, abs=1e-9)
     close(agent.eta, slow.eta, 1e-10)
     pairs = [(actor_weights(agent.actor), slow.actor), (actor_weights(agent.actor_target), slow.actor_target)]
-    pairs += zip(critic_weights(agent.critics), slow.heads)
-    pairs += zip(critic_weights(agent.critics_target), slow.heads_target)
+    pairs += zip(critic_weights(agent.q), slow.heads)
+    pairs += zip(critic_weights(agent.q_target), slow.heads_target)
     for ours, theirs in pairs:
         for p, p_slow in zip(ours, theirs, strict=True):
             close(p, p_slow.detach(), 1e-9)
     for adam in (slow.critic_adam, slow.actor_adam):  # both sides of the bound were seen
-        assert max(adam.norms) > args.grad_clip
+        assert max(adam.norms) > args.clip_norm
     assert (slow.eta == args.eta) == (args.eta_lr == 0 or args.guidance == "none")
 
 
@@ -871,13 +876,13 @@ def test_critic_then_its_target_then_actor_then_eta(monkeypatch):
         def wrapped(*inputs):
             order.append(name)
             if name in ("critic_target", "critic_loss"):
-                assert same(agent.critics, before.critics)
-                assert same(agent.critics_target, before.critics_target)
+                assert same(agent.q, before.q)
+                assert same(agent.q_target, before.q_target)
             if name in ("value_scale", "value_gradient", "actor_loss"):
-                assert not same(agent.critics, before.critics) and same(agent.actor, before.actor)
-                moved = deepcopy(before.critics_target)
-                dac_average(moved, agent.critics, args.polyak)
-                assert same(agent.critics_target, moved)
+                assert not same(agent.q, before.q) and same(agent.actor, before.actor)
+                moved = deepcopy(before.q_target)
+                dac_average(moved, agent.q, args.polyak)
+                assert same(agent.q_target, moved)
             if name == "dual_step":
                 assert not same(agent.actor, before.actor) and agent.eta == before.eta
                 bcs.append(inputs[1])
@@ -892,7 +897,7 @@ def test_critic_then_its_target_then_actor_then_eta(monkeypatch):
     names = "critic_target critic_loss average value_scale value_gradient actor_loss dual_step".split()
     for name in names:
         spy(name)
-    dac.make_update(args, agent, tiny_data(), vp_schedule(3))[0]()
+    dac.make_update(args, agent, tiny_data())[0]()
     assert order == names
     assert bcs[0] != bcs[1] and agent.eta != before.eta and agent.step == 1
     assert same(agent.actor_target, before.actor_target)  # its turn comes in the loop
@@ -907,20 +912,20 @@ def test_learning_rates_fall_as_half_a_cosine_over_the_run():
     1 + cos(pi - d) = d^2/2 with d = pi / 2e6, hence 1.85e-16: still positive, which float32 would lose."""
     args = tiny_args(steps=2_000_000, actor_lr=3e-4, critic_lr=1e-3)
     agent = dac.make_agent(args, 3, 2, CPU)
-    update, _ = dac.make_update(args, agent, tiny_data(), vp_schedule(3))
+    update, _ = dac.make_update(args, agent, tiny_data())
     last = 0.5 * 0.5 * (math.pi / 2e6) ** 2
     for i, share in ((0, 1.0), (500_000, 0.5 + 0.5 * math.sqrt(0.5)), (1_000_000, 0.5), (1_999_999, last)):
         agent.step.fill_(i)
         lr = update()["charts/lr"].item()
         assert lr == pytest.approx(3e-4 * share, rel=1e-3) and 0 < lr
-        assert agent.critic_opt.param_groups[0]["lr"].item() == pytest.approx(1e-3 * share, rel=1e-3)
+        assert agent.q_opt.param_groups[0]["lr"].item() == pytest.approx(1e-3 * share, rel=1e-3)
         assert agent.step == i + 1
     assert lr < 1e-9 * 3e-4
 
 
 def test_optimisers_are_adam_with_its_usual_constants():
     agent = dac.make_agent(tiny_args(), 3, 2, CPU)
-    for opt, net in ((agent.actor_opt, agent.actor), (agent.critic_opt, agent.critics)):
+    for opt, net in ((agent.actor_opt, agent.actor), (agent.q_opt, agent.q)):
         (group,) = opt.param_groups
         assert type(opt) is torch.optim.Adam and (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
         assert group["weight_decay"] == 0 and not group["amsgrad"]
@@ -932,7 +937,7 @@ def run_updates(n, wrap=lambda update: update, **settings):
     torch.manual_seed(0)
     args = tiny_args(**settings)
     agent = dac.make_agent(args, 3, 2, CPU)
-    update, update_ema = (wrap(fn) for fn in dac.make_update(args, agent, tiny_data(), vp_schedule(3)))
+    update, update_ema = (wrap(fn) for fn in dac.make_update(args, agent, tiny_data()))
     losses = []
     for i in range(n):
         losses.append([v.item() for v in update().values()])
@@ -984,12 +989,12 @@ def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_onli
             for i in range(steps):
                 update(i)
 
-        def finish(self, average):
-            seen["average"] = average
+        def finish(self, returns, act):
+            seen["returns"] = returns
 
-    def make_update(args, agent, data, sched):
-        update, update_ema = real_update(args, agent, data, sched)
-        seen.update(agent=agent, data=data, T=sched.T, start=deepcopy(agent.actor_target))
+    def make_update(args, agent, data):
+        update, update_ema = real_update(args, agent, data)
+        seen.update(agent=agent, data=data, start=deepcopy(agent.actor_target))
         assert torch.initial_seed() == 123 and same(agent.actor, agent.actor_target)
 
         def spy_ema():
@@ -999,8 +1004,8 @@ def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_onli
 
         return update, spy_ema
 
-    def make_act(args, actor, critics_target, A, sched):
-        assert actor is seen["agent"].actor and critics_target is seen["agent"].critics_target and A == 2
+    def make_act(args, agent, A):
+        assert agent is seen["agent"] and A == 2
 
     real_update = dac.make_update
     for name, stub in (("Run", Loop), ("make_update", make_update), ("make_act", make_act)):
@@ -1008,10 +1013,10 @@ def test_main_scales_rewards_clips_actions_delays_the_target_actor_and_acts_onli
     monkeypatch.setattr(dac, "load_dataset", lambda *where: deepcopy(data))
     monkeypatch.setattr(dac, "check_task", lambda *what: None)
     dac.main(tiny_args(seed=123, steps=31, ema_every=5, ema_after=10, device="cpu", compile="off", reward_shift=shift))
-    assert moved == [15, 20, 25, 30] and seen["T"] == 3
+    assert moved == [15, 20, 25, 30]
     assert not same(seen["agent"].actor_target, seen["start"])
     close(seen["data"].r, [250 * (1 + shift), 250 * (1 + shift), 250 * (6 + shift)], 1e-3)
-    assert seen["average"] == pytest.approx(100 * (4 + 20.272305) / (3234.3 + 20.272305))  # returns as stored
+    assert seen["returns"].mean() == pytest.approx(4)  # as stored
     close(seen["data"].a, [[1 - 1e-5, -1 + 1e-5], [0.5, 0.2], [-0.3, 1 - 1e-5]], 1e-7)
 
 
@@ -1045,7 +1050,7 @@ def test_presets_are_the_published_settings(row):
     assert args.next_value == next_value and (b == "-" or args.b == float(b))
     common_values = dict(
         steps=2_000_000, batch_size=256, discount=0.99, T=5, hidden=(256, 256, 256), H=10, N=10, N_a=10,
-        actor_lr=3e-4, grad_clip=1.0, polyak=0.005, ema_every=5, ema_after=1000, guidance="soft",
+        actor_lr=3e-4, clip_norm=1.0, polyak=0.005, ema_every=5, ema_after=1000, guidance="soft",
         target="lcb", temperature=0.0, clip_x0=True, reward_scale="range", eval_every=10_000,
         eval_episodes=10,
     )  # fmt: skip

@@ -123,7 +123,7 @@ def test_the_base_networks_start_with_zero_biases_and_variance_one_over_fan_in()
         assert all((b == 0).all() for b in heads.biases)
         for w in heads.weights:
             assert abs(w.std().item() * w.shape[1] ** 0.5 - 1) < 4 / math.sqrt(2 * w.numel())
-    assert agent.log_alpha.value.item() == 0 and same(agent.q, agent.q_target)
+    assert agent.log_alpha.item() == 0 and same(agent.q, agent.q_target)
     assert agent.q.weights[0].shape == (2, 14, 256) and agent.policy.net.weights[-1].shape == (1, 256, 6)
     assert not any(p.requires_grad for p in agent.q_target.parameters())
 
@@ -158,10 +158,10 @@ def slow_mlp(params, x, act=F.relu):
     return x
 
 
-def test_waves_by_hand():
+def test_sinusoidal_embedding_by_hand():
     """Width 4: frequencies 1 and 1/10000, [sin | cos]."""
     want = [[math.sin(2), math.sin(2e-4), math.cos(2), math.cos(2e-4)]]
-    close(dydiff.waves(tensor([2.0]), 4), want)
+    close(dydiff.sinusoidal_embedding(tensor([2.0]), 4), want)
 
 
 def test_the_unet_equals_a_second_slow_one(float64):
@@ -498,40 +498,40 @@ def fitted(constant=False):
 def test_frames_by_hand():
     """Policy: (s - mean) / (population std + 1e-6).  Model: minimum -> -1, maximum -> 1, of the stored rows."""
     frames, s, stored_s, stored_a = fitted()
-    close(frames.policy(s).mean(0), torch.zeros(3))
+    close(frames.to_policy(s).mean(0), torch.zeros(3))
     close(frames.std, s.std(0, correction=0) + 1e-6, 1e-7)
-    close(frames.model(stored_s).amin(0), -torch.ones(3))
-    close(frames.model(stored_s).amax(0), torch.ones(3))
-    close(frames.model_action(stored_a).amax(0), torch.ones(2))
-    close(frames.model((stored_s.amin(0) + stored_s.amax(0)) / 2), torch.zeros(3))
+    close(frames.to_model(stored_s).amin(0), -torch.ones(3))
+    close(frames.to_model(stored_s).amax(0), torch.ones(3))
+    close(frames.action_to_model(stored_a).amax(0), torch.ones(2))
+    close(frames.to_model((stored_s.amin(0) + stored_s.amax(0)) / 2), torch.zeros(3))
 
 
 def test_frames_round_trip_and_clip_on_the_way_back_only():
     frames, _, stored_s, stored_a = fitted()
-    close(frames.raw(frames.model(stored_s)), stored_s, 1e-5)
-    close(frames.action(frames.model_action(stored_a)), stored_a, 1e-5)
-    close(frames.raw_of_policy(frames.policy(stored_s)), stored_s, 1e-5)
+    close(frames.from_model(frames.to_model(stored_s)), stored_s, 1e-5)
+    close(frames.action_from_model(frames.action_to_model(stored_a)), stored_a, 1e-5)
+    close(frames.from_policy(frames.to_policy(stored_s)), stored_s, 1e-5)
     x = 1.9 * torch.rand(20, 3) - 0.95
-    close(frames.model(frames.raw(x)), x, 1e-5)
+    close(frames.to_model(frames.from_model(x)), x, 1e-5)
     out = stored_s.amax(0) + 1
-    assert (frames.model(out) > 1).all()  # not clipped
-    close(frames.raw(frames.model(out)), stored_s.amax(0), 1e-5)
-    close(frames.raw(frames.model(out), clip=False), out, 1e-5)
-    close(frames.action(torch.full((2,), -7.0)), stored_a.amin(0), 1e-5)
+    assert (frames.to_model(out) > 1).all()  # not clipped
+    close(frames.from_model(frames.to_model(out)), stored_s.amax(0), 1e-5)
+    close(frames.from_model(frames.to_model(out), clip=False), out, 1e-5)
+    close(frames.action_from_model(torch.full((2,), -7.0)), stored_a.amin(0), 1e-5)
 
 
 def test_constant_columns_are_no_division_by_zero():
     """Model frame -1 = the constant; policy frame 0."""
     frames, s, stored_s, stored_a = fitted(constant=True)
-    close(frames.model(stored_s)[:, 1], -torch.ones(80))
-    close(frames.policy(s)[:, 1], torch.zeros(50), 1e-3)
-    close(frames.raw(frames.model(stored_s)), stored_s, 1e-5)
-    assert frames.model_action(stored_a).isfinite().all()
+    close(frames.to_model(stored_s)[:, 1], -torch.ones(80))
+    close(frames.to_policy(s)[:, 1], torch.zeros(50), 1e-3)
+    close(frames.from_model(frames.to_model(stored_s)), stored_s, 1e-5)
+    assert frames.action_to_model(stored_a).isfinite().all()
 
 
 def test_frames_are_saved_but_not_trained():
     frames = dydiff.Frames(3, 2)
-    assert len(frames.state_dict()) == 6 and not any(p.requires_grad for p in frames.parameters())
+    assert len(frames.state_dict()) == 6 and not [*frames.parameters()]
 
 
 def flags(*rows, n):
@@ -1008,7 +1008,7 @@ def roller(S=3, A=2, **settings):
     with torch.no_grad():
         agent.frames.fit(2 * torch.randn(30, S) + 1, 3 * torch.randn(40, S), 2 * torch.rand(40, A) - 1)
     starts = 2 * torch.rand(20, S) - 1
-    return args, agent, starts, dydiff.Roller(args, agent, agent.frames, starts)
+    return args, agent, starts, dydiff.Roller(args, agent, starts)
 
 
 @pytest.mark.parametrize("base", ["td3bc", "diffql"])
@@ -1026,7 +1026,7 @@ def test_stored_transitions_chain_and_are_on_policy(base, L):
     s, a, r, s_next, terminal = dydiff.split(rows, 3, 2)
     chain = s.view(3, L, 3)
     close(s_next.view(3, L, 3)[:, :-1], chain[:, 1:], 1e-7)
-    begin = agent.frames.policy(agent.frames.raw(starts))
+    begin = agent.frames.to_policy(agent.frames.from_model(starts))
     assert (torch.cdist(chain[:, 0], begin).amin(1) < 1e-4).all() and (terminal == 0).all()
     close(r, agent.reward(torch.cat([s, a], 1))[0, :, 0], 1e-5)
     if base == "td3bc":
@@ -1063,7 +1063,7 @@ def test_the_best_sums_stay_and_all_rows_count_in_them():
     s_0 = starts[torch.randint(20, (20,))]
     with torch.no_grad():
         s, a = dydiff.autoregress(agent.frames, agent.policy.act, agent.ensemble, s_0, 4)
-        s = agent.frames.policy(agent.frames.raw(s))
+        s = agent.frames.to_policy(agent.frames.from_model(s))
         R = agent.reward(torch.cat([s, a], -1).view(80, 5))[0].view(20, 4).sum(1)
     kept = R >= R.quantile(0.4)
     close(agent.ring[: kept.sum(), :3], s[kept, 0], 1e-5)
@@ -1077,7 +1077,7 @@ def test_trajectories_are_stored_in_the_order_of_their_starts_not_by_rank():
     torch.manual_seed(5)
     roll()
     torch.manual_seed(5)
-    s_0 = agent.frames.policy(agent.frames.raw(starts[torch.randint(20, (20,))]))
+    s_0 = agent.frames.to_policy(agent.frames.from_model(starts[torch.randint(20, (20,))]))
     at = [(s_0 - s).abs().amax(1).lt(1e-5).nonzero()[:, 0].tolist() for s in agent.ring[:12, :3]]
     first = [x[0] for x in at]  # a start may have been drawn twice
     last = [x[-1] for x in at]
@@ -1093,7 +1093,7 @@ def test_the_terminating_transition_is_stored_with_its_flag():
     with torch.no_grad():
         low, span = torch.full((11,), -5.0), torch.full((11,), 10.0)
         low[:2], span[:2] = tensor([0.8, -0.1]), tensor([0.5, 0.2])
-        for p, x in zip(agent.frames.parameters(), (torch.zeros(11), torch.ones(11), low, span)):
+        for p, x in zip(agent.frames.buffers(), (torch.zeros(11), torch.ones(11), low, span)):
             p.copy_(x)
     stats = roll()
     assert stats["rollout/rows"] == 3 and stats["rollout/terminal"] == 3
@@ -1217,8 +1217,8 @@ def base_agent(base, **settings):
         randomised(net, 0.5)
     for name, net, lr in (("q", agent.q, args.lr), ("policy", agent.policy, args.policy_lr)):
         setattr(agent, f"{name}_opt", torch.optim.SGD(net.parameters(), lr))  # Adam would hide factors
-    if agent.log_alpha:
-        agent.alpha_opt = torch.optim.SGD(agent.log_alpha.parameters(), args.policy_lr)
+    if base == "cql":
+        agent.alpha_opt = torch.optim.SGD([agent.log_alpha], args.policy_lr)
     return args, agent
 
 
@@ -1315,7 +1315,7 @@ def test_four_updates_of_cql_equal_a_second_slow_implementation(float64):
     the raw log alpha times (log pi - A); used is exp of it, clipped to [-10, 0.5].  10 actions of each kind."""
     for start in (0.0, 2.0, -11.0):  # beyond the clip it must still be able to move
         args, agent = base_agent("cql", policy_lr=0.1)
-        agent.log_alpha.value.data.fill_(start)
+        agent.log_alpha.fill_(start)
         slow, update = Slow(args, agent), dydiff.make_base_update(args, agent)
         log_alpha = tensor(start, requires_grad=True)
         alpha_opt = slow.sgd([log_alpha], args.policy_lr)
@@ -1326,7 +1326,7 @@ def test_four_updates_of_cql_equal_a_second_slow_implementation(float64):
             torch.manual_seed(k)
             (a_pi,), (log_pi,) = slow.draw(slow.pi, s)
             slow.descend(-(log_alpha * (log_pi.detach() - 2)).mean(), alpha_opt)
-            close(agent.log_alpha.value, log_alpha, 1e-7)
+            close(agent.log_alpha, log_alpha, 1e-7)
             alpha = math.exp(min(max(float(log_alpha), -10), 0.5))
             q_pi = torch.minimum(*(slow.value(q, s, a_pi) for q in slow.q))
             slow.descend((alpha * log_pi - q_pi).mean(), slow.pi_opt)
@@ -1352,9 +1352,7 @@ def test_updates_of_diffusion_ql_equal_a_second_slow_implementation(float64, mon
     args, agent = base_agent("diffql", clip_norm=1.0)
     for schedule in (agent.policy, agent.policy_target):  # the script's schedule is float32
         schedule.alpha_bar = tensor(ALPHA_BAR)
-        schedule.sched = replace(
-            schedule.sched, alpha_bar=tensor(ALPHA_BAR), beta=tensor([0.0, *BETA]), alpha=1 - tensor([0.0, *BETA])
-        )
+        schedule.floats = [0.0, *BETA], [1.0, *(1 - x for x in BETA)], ALPHA_BAR
     slow, update = Slow(args, agent), dydiff.make_base_update(args, agent)
     firsts, ab_of = set(), tensor(ALPHA_BAR)
     for k in range(6):
@@ -1401,13 +1399,14 @@ def test_the_policy_of_the_paper_at_evaluation():
         return torch.stack([x[:, 1:] * math.log(3), 5 + 0 * x[:, 1:]])  # the smaller one counts
 
     agent = SimpleNamespace(frames=frames, policy=SimpleNamespace(act=act), q_target=q)
-    a = dydiff.make_act(args, agent)(torch.full((8000, 1), 6.0))
+    agent.judge = lambda s, a: dydiff.Agent.judge(agent, s, a)
+    a = dydiff.make_act(args, agent, 1)(torch.full((8000, 1), 6.0))
     assert a.shape == (8000, 1) and abs(float(a.mean()) - 0.75) < 0.02 and (calls[0] == 1).all()
     args, agent = base_agent("td3bc")
     s = torch.randn(5, 3)
     with torch.no_grad():
         agent.frames.fit(torch.randn(9, 3), torch.randn(9, 3), torch.randn(9, 2))
-    close(dydiff.make_act(args, agent)(s), agent.policy(agent.frames.policy(s))[0].tanh())
+    close(dydiff.make_act(args, agent, 2)(s), agent.policy(agent.frames.to_policy(s))[0].tanh())
 
 
 # --- training of the diffusion models ---------------------------------------------------------------------
@@ -1563,7 +1562,7 @@ def synther(monkeypatch, rows, **settings):
 
     monkeypatch.setattr(dydiff, "make_model_update", spy)
     run = SimpleNamespace(train=lambda name, steps, update: update(0))
-    return dydiff.train_synther(args, agent, rows, run, 3, 2), captured, args
+    return dydiff.train_synther(args, agent, run, rows, 3, 2), captured, args
 
 
 def transitions(n=300):

@@ -265,15 +265,15 @@ ROLLOUT = "seconds share_of_time network_calls gflop rows reward_sum reward_sum_
 def test_tensorboard_of_every_stage(runs, base, augment):
     folder, _ = runs(base, augment)
     main, rolls = events(folder), augment in ("dydiff", "single-step")
-    logged = {f"losses/{k}" for k in LOSSES[base]} | {"charts/steps_per_second"}
+    logged = {f"losses/{k}" for k in LOSSES[base]} | {"charts/steps_per_second", "charts/lr"}
     evals = {f"eval/{k}" for k in ("return", "normalized_score", "normalized_score_std", "normalized_score_last5")}
     assert main.keys() == logged | evals | ({f"rollout/{k}" for k in ROLLOUT} if rolls else set())
     assert all(list(main[k]) == ([0, 12, 24] if k in evals else [4, 8, 12, 16, 20, 24]) for k in main)
     series = [main]
     for stage in STAGES[augment]:
         series.append(events(folder / stage))
-        more = {"charts/lr"} if stage == "diffusion" else {f"losses/{stage}_holdout"}
-        assert series[-1].keys() == {f"losses/{stage}", "charts/steps_per_second"} | more
+        more = set() if stage == "diffusion" else {f"losses/{stage}_holdout"}
+        assert series[-1].keys() == {f"losses/{stage}", "charts/steps_per_second", "charts/lr"} | more
         assert list(series[-1][f"losses/{stage}"]) == [4, 8, 12, 16, 20]
         if stage != "diffusion":  # checks at steps 11 and 20
             assert list(series[-1][f"losses/{stage}_holdout"]) == [12, 16, 20]
@@ -303,7 +303,7 @@ def test_the_network_is_called_as_often_as_the_log_says(argv, tmp_path, monkeypa
     monkeypatch.setattr(dydiff, "denoise", lambda net, x, *rest: calls.append((net, len(x))) or real(net, x, *rest))
     agents, make = [], dydiff.make_agent
     monkeypatch.setattr(dydiff, "make_agent", lambda *args: agents.append(make(*args)) or agents[-1])
-    monkeypatch.setattr(dydiff, "judge", lambda *args: calls.clear())
+    monkeypatch.setattr(dydiff, "report_models", lambda *args: calls.clear())
     call_main(*argv, "--M", 2, "--N", 4, "--b", 6, "--steps", 9, "--log-every", 2, "--run-dir", tmp_path)
     assert len(calls) == 2 * 2 * 7 and all(net is agents[0].unet_ema and n == 6 for net, n in calls)
     assert set(events(folder_of(tmp_path))["rollout/network_calls"].values()) == {14.0}
@@ -516,7 +516,7 @@ def returns_of(folder: Path, episodes: int, **settings) -> np.ndarray:
     agent = fresh_agent(args)
     with torch.random.fork_rng([]):
         dydiff.restore(dydiff.agent_state(agent), content)
-    return dydiff.evaluate(dydiff.make_act(args, agent), args, CPU, episodes)[0]
+    return dydiff.evaluate(dydiff.make_act(args, agent, 1), args, CPU, episodes)[0]
 
 
 @pytest.mark.parametrize(("base", "augment"), [("diffql", "dydiff"), ("cql", "single-step"), ("td3bc", "none")])
@@ -566,14 +566,15 @@ def judged(capsys, useful: bool, monkeypatch, *more) -> list[str]:
     windows = torch.cat([rows.expand(-1, 8, -1)[..., :3], 2 * torch.rand(64, 8, 1, generator=g) - 1], -1)
     with torch.no_grad():
         agent.frames.fit(*(windows.flatten(0, 1)[:, i] for i in (slice(3), slice(3), slice(3, 4))))
-        windows = torch.cat([agent.frames.model(windows[..., :3]), agent.frames.model_action(windows[..., 3:])], -1)
+        s, a = agent.frames.to_model(windows[..., :3]), agent.frames.action_to_model(windows[..., 3:])
+        windows = torch.cat([s, a], -1)
         if useful:
             for p in (agent.ensemble.heads.weights[-1], agent.ensemble.heads.biases[-1]):
                 p.zero_()
             stay = lambda net, x, *_: torch.cat([x[:, :1, :3].expand(-1, 8, -1), x[..., 3:]], -1)  # noqa: E731
             monkeypatch.setattr(dydiff, "denoise", stay)
     before = torch.get_rng_state()
-    dydiff.judge(args, agent, agent.frames, windows, useful)
+    dydiff.report_models(args, agent, windows, useful)
     assert torch.equal(torch.get_rng_state(), before)
     return capsys.readouterr().out.splitlines()
 
@@ -631,9 +632,9 @@ def test_held_out_trajectories_are_in_no_training_data(small, share):
         np.random.seed(seed)
         with torch.no_grad():
             agent.frames.fit(data.s, torch.from_numpy(raw.s), torch.from_numpy(raw.a))
-        found.append(dydiff.prepare(args, agent.frames, raw, torch.cat([data.s, data.a], 1), CPU))
+        found.append(dydiff.prepare(args, agent.frames, raw, torch.cat([data.s, data.a], 1)))
     train, held, rows = found[0]
-    index = lambda x: agent.frames.raw(x[..., :3]).round()[..., 0].long()  # noqa: E731
+    index = lambda x: agent.frames.from_model(x[..., :3]).round()[..., 0].long()  # noqa: E731
     out = set((index(held[:, 0]) // 200).tolist())
     assert len(out) == round(20 * share) and len(held) == min(256, 193 * len(out)) and held.shape[1:] == (8, 4)
     assert (index(held).diff(dim=1) == 1).all() and torch.equal(held, found[1][1])

@@ -514,7 +514,7 @@ def test_dropout_acts_before_layernorm_in_the_branch_and_only_in_training():
     close(block.eval()(x), x + branch(x))
     args = tiny_args(dropout=0.4)
     agent = swg.make_agent(args, 3, 2, CPU)
-    act = swg.make_act(replace(args, kappa=0.0), agent, 2, CPU)
+    act = swg.make_act(replace(args, kappa=0.0), agent, 2)
     s = torch.randn(4, 3)
     assert torch.equal(act(s), act(s))
     assert agent.net.training and not agent.net_ema.training
@@ -704,9 +704,7 @@ def test_the_sampler_meets_the_authors_numbers(rho, clip, want, factor):
     close(z[:, 1:3], z[:, :1].expand(-1, 2), 1e-7)
 
 
-HALVES = SimpleNamespace(  # beta_t = 1/2
-    T=2, beta=tensor([0, 0.5, 0.5]), alpha=tensor([1, 0.5, 0.5]), alpha_bar=tensor([1, 0.5, 0.25])
-)
+HALVES = SimpleNamespace(T=2, floats=([0, 0.5, 0.5], [1, 0.5, 0.5], [1, 0.5, 0.25]))  # beta_t = 1/2
 
 
 class Silent:
@@ -911,7 +909,7 @@ def stub_act(monkeypatch, z, judge=None, A=1, **changes):
     monkeypatch.setattr(swg, "sample", sample)
     args = tiny_args(**changes)
     agent = SimpleNamespace(net="net", net_ema=nn.Linear(1, 1), judge=judge)
-    return swg.make_act(args, agent, A, CPU), seen, agent
+    return swg.make_act(args, agent, A), seen, agent
 
 
 CANDIDATES = tensor([[1.0, 0.9], [2.0, 0.3], [3.0, 0.5], [-4.0, 0.1], [1.9, 0.2], [0.5, 0.8]])  # (a, w)
@@ -967,7 +965,7 @@ def test_on_the_toys_beta_zero_is_not_guided_and_uses_the_network_of_beta_three(
 def test_acting_uses_the_averaged_network_and_draws_anew():
     args = tiny_args(kappa=1.0)
     agent = swg.make_agent(args, 3, 2, CPU)
-    act, s = swg.make_act(args, agent, 2, CPU), torch.randn(5, 3)
+    act, s = swg.make_act(args, agent, 2), torch.randn(5, 3)
     torch.manual_seed(1)
     a, b = act(s), act(s)
     assert a.shape == (5, 2) and not torch.equal(a, b) and not a.requires_grad
@@ -1006,7 +1004,7 @@ def test_the_real_network_finds_the_good_mode_of_each_state():
         at = torch.full((4000, 1), state)
         share = {}
         for rho in (0.0, 1.0, 4.0):
-            a = swg.make_act(replace(args, rho=rho), agent, 1, CPU)(at)
+            a = swg.make_act(replace(args, rho=rho), agent, 1)(at)
             share[rho] = (a * state > 0).float().mean()
             assert ((a.abs() - 0.5).abs() < 0.35).float().mean() > 0.9
         assert abs(share[0.0] - 0.5) < 0.06 and abs(share[1.0] - 0.8) < 0.06 and share[4.0] > 0.95
@@ -1073,6 +1071,7 @@ def test_eight_critic_updates_equal_those_of_a_second_slow_implementation(layer_
         lerp(flat(q_target), flat(q), 0.1)
         want = {"value": loss_v, "critic": loss_q, "v_mean": v.mean(), "q_mean": (q_a[0] + q_a[1]).mean() / 2}
         want = {f"losses/{k}": z.item() for k, z in (want | {"advantage_std": u.std()}).items()}
+        want["charts/lr"] = args.critic_lr
         assert {k: z.item() for k, z in fast.items()} == pytest.approx(want, rel=1e-9, abs=1e-9)
         assert not any(z.requires_grad for z in fast.values())
     for k, p in agent.value.state_dict().items():

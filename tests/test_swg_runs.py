@@ -283,7 +283,8 @@ def test_tensorboard_of_both_stages(runs, env):
     assert all(list(main[tag]) == [0, 15, 30] for tag in evals)
     first = {} if of_paper else events(folder / "critic")
     names = "value critic v_mean q_mean advantage_std".split()
-    assert first.keys() == (set() if of_paper else {f"losses/{k}" for k in names} | {"charts/steps_per_second"})
+    charts = {"charts/lr", "charts/steps_per_second"}
+    assert first.keys() == (set() if of_paper else {f"losses/{k}" for k in names} | charts)
     assert all(list(series) == [5, 10, 15, 20] for series in first.values())
     assert all(math.isfinite(v) for x in (main, first) for series in x.values() for v in series.values())
     args = checkpoint(folder)["args"]
@@ -364,7 +365,7 @@ def test_bandits_print_the_distance_to_exact_samples_and_its_floor(runs):
     exact = swg.exact_samples(args, lambda r: r, 4000, 3)
     with torch.random.fork_rng([]):
         torch.manual_seed(6)
-        x = swg.make_act(replace(args, rho=1.0, kappa=1.0, N=1), agent, A, CPU)(torch.zeros(4000, 1))
+        x = swg.make_act(replace(args, rho=1.0, kappa=1.0, N=1), agent, A)(torch.zeros(4000, 1))
     assert float(distance) == pytest.approx(common.energy_distance(x, exact), rel=0.1)
 
 
@@ -623,7 +624,7 @@ OTHER = {  # a value that is not the run's
 def returns_of(folder: Path, episodes: int, **settings) -> np.ndarray:
     """Of the policy in this checkpoint, under these settings of the sampler."""
     args, agent, A = saved_agent(folder)
-    return swg.evaluate(swg.make_act(replace(args, **settings), agent, A, CPU), args, CPU, episodes)[0]
+    return swg.evaluate(swg.make_act(replace(args, **settings), agent, A), args, CPU, episodes)[0]
 
 
 @pytest.mark.parametrize("env", ["pendulum-demo", "toy-8gaussians"])
