@@ -19,7 +19,7 @@ Differences from the authors' code, each tagged where it happens (reasons and ef
   [D5] D4RL's locomotion is evaluated in gymnasium's -v4 tasks (common.ENV_IDS)
   [D7] a generated state is tested for termination before it is clipped to the data's range, else none ever ends
   [D8] demos: a generated row that is padding ends its trajectory
-  [D9] demos: conditions enter the network unscaled (and would be written again after a churn, which demos lack)
+  [D9] demos: conditions enter the network unscaled; no churn
   [D10] ensemble and reward network: every network's best weights are restored; terminal rows, whose successor is the
         next episode's start, are left out of the ensemble's data; one-sided bound of hopper's rule mended
 Shapes: B batch, S state, A action, D = S + A, H rows of a window, E networks of the ensemble (in act and

@@ -811,7 +811,15 @@ def test_terminated_walker():
     assert dydiff.terminated("walker2d-medium-replay-v2", s)[0]
 
 
-@pytest.mark.parametrize("env", ["halfcheetah-medium-v2", "pendulum-demo", "maze2d-umaze-v1"])
+def test_terminated_ant():
+    """Healthy: finite, 0.2 <= z <= 1."""
+    s = torch.zeros(6, 27)
+    s[:, 0], s[1, 20] = tensor([0.5, 0.5, 0.19, 0.21, 0.99, 1.01]), math.inf
+    for env in ("ant-medium-v2", "Ant-v4", "mujoco/ant/expert-v0"):
+        assert dydiff.terminated(env, s).tolist() == [False, True, True, False, False, True]
+
+
+@pytest.mark.parametrize("env", ["halfcheetah-medium-v2", "pendulum-demo", "maze2d-umaze-v1", "antmaze-umaze-v2"])
 def test_the_other_tasks_never_end(env):
     got = dydiff.terminated(env, 1000 * torch.randn(5, 3, 4))
     assert got.shape == (5, 3) and got.dtype == torch.bool and not got.any()
