@@ -378,7 +378,7 @@ def critic_loss(q: Tensor, y: Tensor) -> Tensor:
 
 def igl_loss(g: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. (6):  mean[ w e^{-g} + g ], times e^{-c} so that no exponential overflows, c = max(max -g, -1) in effect;
-    for g < -80 the exponential goes on with slope 1.   g (B, M), w (B, 1).   Returns (loss, Eq. (6) itself)."""
+    for g < -80 the exponent stays at 80, its gradient at -1.   g (B, M), w (B, 1).   Returns (loss, Eq. (6) itself)."""
     e = (g + 80).clamp(max=0).detach() - g  # min(-g, 80), with gradient -1
     c = e.max().clamp(min=-1).detach()
     loss = (w * (e - c).exp() + (-c).exp() * g).mean()
@@ -403,7 +403,8 @@ def dpm_solver(x_0, x: Tensor, sde: VPSDE, nfe: int) -> Tensor:
     as midpoint.  No clipping, no last denoising step."""
     grid = torch.linspace(1, 1e-3, nfe + 1, dtype=torch.float64)
     alpha, sigma, lam = (fn(grid).tolist() for fn in (sde.alpha, sde.sigma, sde.lam))
-    time = torch.linspace(1, 1e-3, nfe + 1, dtype=torch.float64, device=x.device).to(x.dtype)[:, None]  # (nfe + 1, 1)
+    on_device = torch.linspace(1, 1e-3, nfe + 1, dtype=torch.float64, device=x.device)  # a copy could not be recorded
+    time = on_device.to(x.dtype)[:, None]  # (nfe + 1, 1)
     i = 0
     for order in orders(nfe):
         j = i + order  # from grid point i to j

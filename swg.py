@@ -8,7 +8,7 @@ its logarithm guides the same model. No second network is trained. docs/swg.md s
     weights   w(s,a) of Q - V      once, over the whole dataset                       weight, weigh
     model     eps(z_t, t, s)       noise of action and weight together                joint_loss (10)
     act       eps - rho sigma_t grad_z log w_hat(z_t), DDPM; N candidates             sample (6) (7), make_act
-The two toys of the paper have no critic: w = exp(beta (E - 1)) with E known, and one model for all beta.
+The two toys of the paper have no critic: w = exp(beta (E - 1)), the energy E known, and one model for all beta.
 
 Differences from the authors' code, each tagged where it happens (reasons and effects: docs/swg.md):
   [D1] minibatches come from all rows and from --seed, not from 95 % of them and the same for all seeds
@@ -22,7 +22,7 @@ Differences from the authors' code, each tagged where it happens (reasons and ef
   [D9] weights other than expectile and hard: A in units of its standard deviation; the largest weight scaled to tau
   [D10] the paper's toys: with --size cpu the network reads 6 z, w is in units of its root mean square for each beta,
         its error counts half, log w_hat has a floor; with both sizes EMA at every step, points / 4.5, not their range
-Shapes: B batch, S state, A action, T diffusion steps, N candidates, E episodes.
+Shapes: B batch, S state, A action, T diffusion steps, N candidates, E episodes (in the toys' formulas: the energy).
 Run:    python swg.py                          (pendulum, no download, minutes on a CPU)
         python swg.py --env hopper-medium-v2   (D4RL; the paper's sizes)
 """
