@@ -40,8 +40,7 @@ class Args:
 
 def load(folder: Path) -> tuple[dydiff.Args, dydiff.Agent]:
     content = dydiff.load(folder / "last.pt", None)
-    lists = {k: tuple(v) for k, v in content["args"].items() if isinstance(v, list)}
-    args = dydiff.Args(**(content["args"] | lists))
+    args = dydiff.Args(**content["args"])
     S, A = (len(content["state"]["frames"][k]) for k in ("mean", "a_low"))
     agent = dydiff.make_agent(args, S, A, torch.device("cpu"))
     dydiff.restore(dydiff.agent_state(agent), content)
