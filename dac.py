@@ -189,24 +189,30 @@ def resolve(args: Args) -> Args:
     """Fills what the command line left at None from PRESETS, else PAPER, and refuses nonsense."""
     preset = PAPER | PRESETS.get(args.env, {})
     args = replace(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
-    positive = """steps batch_size T H N N_a log_every eval_every eval_episodes final_episodes save_every
-                  eta actor_lr critic_lr clip_norm ema_every""".split()
-    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
-    natural = "eta_lr b rho temperature ema_after".split()
-    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural]
+    positive = "T H N N_a eta actor_lr critic_lr clip_norm ema_every"
+    rules = [("reward_shift", "a finite number", math.isfinite(args.reward_shift))]
+    refuse(args, positive, "eta_lr b rho temperature ema_after", rules)
+    return args
+
+
+def refuse(args, positive: str, natural: str, rules: list[tuple[str, str, bool]]) -> None:
+    """Nonsense on the command line: the first rule (option, what is expected, whether it is so) that does not hold."""
+    positive += " steps batch_size log_every eval_every eval_episodes final_episodes save_every"
+    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive.split()] + rules
+    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural.split()]
     rules += [
         ("seed", "in [0, 2^32)", 0 <= args.seed < 2**32),  # numpy's range
         ("discount", "in [0, 1]", 0 <= args.discount <= 1),
         ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
-        ("hidden", "one or more positive widths", len(args.hidden) > 0 and min(args.hidden) > 0),
-        ("reward_shift", "a finite number", math.isfinite(args.reward_shift)),
     ]
+    for k, v in asdict(args).items():
+        if isinstance(v, tuple):
+            rules.append((k, "one or more positive widths", len(v) > 0 and min(v) > 0))
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
     for name, want, ok in rules:  # NaN fails every comparison
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {want}")
-    return args
 
 
 # --- networks ---------------------------------------------------------------------------------------------

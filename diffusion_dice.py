@@ -203,29 +203,34 @@ def resolve(args: Args) -> Args:
     """Fills what the command line left at None from PRESETS, else PAPER, and refuses nonsense."""
     preset = PAPER | PRESETS.get(args.env, {})
     args = replace(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
-    positive = """steps behavior_steps behavior_batch_size behavior_lr batch_size alpha M cep_beta cep_states K nfe lr
-                  time_scale log_every eval_every eval_episodes final_episodes save_every""".split()
-    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
-    natural = "kappa H temperature weight_decay v_coefficient".split()
-    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural]
+    positive = "behavior_steps behavior_batch_size behavior_lr alpha M cep_beta cep_states K nfe lr time_scale"
+    rules = [
+        ("lr_end", "in [0, 1]", 0 <= args.lr_end <= 1),
+        ("reward_shift", "a finite number", math.isfinite(args.reward_shift)),
+        ("M", ">= 2 with --guidance cep, which compares actions", args.M >= 2 or args.guidance != "cep"),
+    ]
+    refuse(args, positive, "kappa H temperature weight_decay v_coefficient", rules)
+    return args
+
+
+def refuse(args, positive: str, natural: str, rules: list[tuple[str, str, bool]]) -> None:
+    """Nonsense on the command line: the first rule (option, what is expected, whether it is so) that does not hold."""
+    positive += " steps batch_size log_every eval_every eval_episodes final_episodes save_every"
+    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive.split()] + rules
+    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural.split()]
     rules += [
         ("seed", "in [0, 2^32)", 0 <= args.seed < 2**32),  # numpy's range
         ("discount", "in [0, 1]", 0 <= args.discount <= 1),
         ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
-        ("lr_end", "in [0, 1]", 0 <= args.lr_end <= 1),
-        ("reward_shift", "a finite number", math.isfinite(args.reward_shift)),
     ]
-    for k in ("hidden", "guidance_hidden", "behavior_hidden"):
-        widths = getattr(args, k)
-        rules.append((k, "one or more positive widths", len(widths) > 0 and min(widths) > 0))
-    if args.guidance == "cep":
-        rules.append(("M", ">= 2 with --guidance cep, which compares actions", args.M >= 2))
+    for k, v in asdict(args).items():
+        if isinstance(v, tuple):
+            rules.append((k, "one or more positive widths", len(v) > 0 and min(v) > 0))
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
     for name, want, ok in rules:  # NaN fails every comparison
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {want}")
-    return args
 
 
 # --- networks ---------------------------------------------------------------------------------------------

@@ -271,19 +271,13 @@ def resolve(args: Args) -> Args:
         args = replace(args, L=max(args.H - 1, 1))
     if args.augment == "single-step":
         args = replace(args, M=0)
-    positive = """steps model_steps dynamics_steps reward_steps batch_size lr policy_lr alpha_bc candidates
-                  rollout_every b H L capacity model_batch_size model_lr model_warmup ema_half_life dynamics_lr
-                  reward_lr E elites synther_width synther_rows filter_temperature log_every eval_every
-                  eval_episodes final_episodes save_every""".split()
-    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
-    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in "M S_churn cql_weight eta_q clip_norm".split()]
+    positive = """model_steps dynamics_steps reward_steps lr policy_lr alpha_bc candidates rollout_every b H L capacity
+                  model_batch_size model_lr model_warmup ema_half_life dynamics_lr reward_lr E elites synther_width
+                  synther_rows filter_temperature"""
     folds = 2 ** max(len(args.channels) - 1, 0)
     groups = len(args.channels) > 0 and all(c > 0 and c % 8 == 0 for c in args.channels)
-    rules += [
+    rules = [
         ("channels", "one or more positive multiples of 8 (group norm)", groups),
-        ("seed", "in [0, 2^32)", 0 <= args.seed < 2**32),  # numpy's range
-        ("discount", "in [0, 1]", 0 <= args.discount <= 1),
-        ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
         ("real_ratio", "in [0, 1]", 0 <= args.real_ratio <= 1),
         ("eta", "in (0, 1]", 0 < args.eta <= 1),
         ("b", "enough that --eta keeps one", not 0 < args.eta <= 1 or int(args.eta * args.b) >= 1),
@@ -293,17 +287,30 @@ def resolve(args: Args) -> Args:
         ("elites", "at most --E", args.elites <= args.E),
         ("N", "at least 2", args.N >= 2),
     ]
-    for k in ("hidden", "policy_hidden", "dynamics_hidden", "reward_hidden"):
-        widths = getattr(args, k)
-        rules.append((k, "one or more positive widths", len(widths) > 0 and min(widths) > 0))
+    refuse(args, positive, "M S_churn cql_weight eta_q clip_norm", rules)
+    if args.env in TOYS and args.augment != "none":
+        raise UserError(f"{args.env} has episodes of one step: there is nothing to roll out; give --augment none")
+    return args
+
+
+def refuse(args, positive: str, natural: str, rules: list[tuple[str, str, bool]]) -> None:
+    """Nonsense on the command line: the first rule (option, what is expected, whether it is so) that does not hold."""
+    positive += " steps batch_size log_every eval_every eval_episodes final_episodes save_every"
+    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive.split()] + rules
+    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural.split()]
+    rules += [
+        ("seed", "in [0, 2^32)", 0 <= args.seed < 2**32),  # numpy's range
+        ("discount", "in [0, 1]", 0 <= args.discount <= 1),
+        ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
+    ]
+    for k, v in asdict(args).items():
+        if isinstance(v, tuple):
+            rules.append((k, "one or more positive widths", len(v) > 0 and min(v) > 0))
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
     for name, want, ok in rules:  # NaN fails every comparison
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {want}")
-    if args.env in TOYS and args.augment != "none":
-        raise UserError(f"{args.env} has episodes of one step: there is nothing to roll out; give --augment none")
-    return args
 
 
 # --- networks ---------------------------------------------------------------------------------------------

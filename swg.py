@@ -234,17 +234,11 @@ def resolve(args: Args) -> Args:
     args = replace(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
     if args.weight_max is None:
         args = replace(args, weight_max=max(args.tau, 1 - args.tau))
-    positive = """steps critic_steps critic_batch_size critic_lr width T weight_factor batch_size lr N w_min input_scale
-                  log_every eval_every eval_episodes final_episodes save_every""".split()
-    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive]
-    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in "rho kappa beta weight_decay clip_norm".split()]
+    positive = "critic_steps critic_batch_size critic_lr width T weight_factor lr N w_min input_scale"
     toy = args.env in BETA_TOYS
     least = 2 if args.head == "tap" and not toy else 1
-    rules += [
-        ("seed", "in [0, 2^32)", 0 <= args.seed < 2**32),  # numpy's range
-        ("discount", "in [0, 1]", 0 <= args.discount <= 1),
+    rules = [
         ("tau", "in (0, 1)", 0 < args.tau < 1),
-        ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
         ("ema", "in (0, 1]", 0 < args.ema <= 1),
         ("dropout", "in [0, 1)", 0 <= args.dropout < 1),
         ("weight_max", "in (0, 1]", 0 < args.weight_max <= 1),
@@ -252,14 +246,9 @@ def resolve(args: Args) -> Args:
         ("blocks", f">= {least} with --head {args.head}", args.blocks >= least),
         ("beta", "in [0, 24], where the toys' model is trained", not toy or args.beta <= 24),
         ("lr_decay_steps", "0, or >= --steps", args.lr_decay_steps == 0 or args.lr_decay_steps >= args.steps),
-        ("hidden", "one or more positive widths", len(args.hidden) > 0 and min(args.hidden) > 0),
         ("reward_shift", "a finite number", math.isfinite(args.reward_shift)),
     ]
-    if args.resume and args.overwrite:
-        raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
-    for name, want, ok in rules:  # NaN fails every comparison
-        if not ok:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {want}")
+    refuse(args, positive, "rho kappa beta weight_decay clip_norm", rules)
     if args.size == "paper" and not toy:
         raise UserError(f"--size paper is for {' and '.join(BETA_TOYS)}; every D4RL name has the released sizes anyway")
     if toy and args.pretrained:
@@ -269,6 +258,26 @@ def resolve(args: Args) -> Args:
     if toy and args.N > 1 and args.select == "q":
         raise UserError(f"--N {args.N} selects by Q, and {args.env} has no critic; give --select weight")
     return args
+
+
+def refuse(args, positive: str, natural: str, rules: list[tuple[str, str, bool]]) -> None:
+    """Nonsense on the command line: the first rule (option, what is expected, whether it is so) that does not hold."""
+    positive += " steps batch_size log_every eval_every eval_episodes final_episodes save_every"
+    rules = [(k, "> 0", 0 < getattr(args, k) < math.inf) for k in positive.split()] + rules
+    rules += [(k, ">= 0", 0 <= getattr(args, k) < math.inf) for k in natural.split()]
+    rules += [
+        ("seed", "in [0, 2^32)", 0 <= args.seed < 2**32),  # numpy's range
+        ("discount", "in [0, 1]", 0 <= args.discount <= 1),
+        ("polyak", "in (0, 1]", 0 < args.polyak <= 1),
+    ]
+    for k, v in asdict(args).items():
+        if isinstance(v, tuple):
+            rules.append((k, "one or more positive widths", len(v) > 0 and min(v) > 0))
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues a run, --overwrite deletes it: give one of the two")
+    for name, want, ok in rules:  # NaN fails every comparison
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {want}")
 
 
 # --- networks ---------------------------------------------------------------------------------------------

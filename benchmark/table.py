@@ -63,6 +63,7 @@ ROWS = {  # of README's table of a method: (text, label, sampling settings if no
 }
 SIDE = [  # of README's table of all methods: (text, method, label, sampling settings)
     ("cloning (SWG's model, unguided)", "swg", "swg", dict(rho=0, kappa=1, N=1)),
+    ("the same at temperature 0", "swg", "swg", dict(rho=0, kappa=0, N=1)),
     ("TD3+BC", "dydiff", "a=none", {}), ("DAC", "dac", "dac", {}),
     ("Diffusion-DICE", "diffusion_dice", "diffusion_dice", {}), ("SWG", "swg", "swg", {}),
     ("TD3+BC + DyDiff", "dydiff", "dydiff", {}),
