@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 data=$1 runs=$2
 shift 2
 methods=${*:-td3bc swg dac diffusion_dice}
-small_dac="--hidden 128 128 --batch-size 128 --N 1 --N-a 2 --eta 0.1 --b 0.1"
+small_dac="--hidden 128 128 --batch-size 128 --N 1 --N-a 2"
 small_swg="--hidden 128 128 --width 128 --batch-size 256 --critic-lr 1e-3 --polyak 0.02 --lr 1e-3 --lr-decay-steps 0 --ema 0.005 --rho 1 --reward-scale range"
 often="--eval-every 10000 --save-every 5000 --final-episodes 100 --resume"
 run() { # method data env seed: one command line, at the size of the hopper-demo presets
@@ -15,7 +15,8 @@ run() { # method data env seed: one command line, at the size of the hopper-demo
   case $1 in
     td3bc) echo "dydiff.py $to --augment none --steps 30000 --hidden 128 128 --policy-hidden 128 128 --alpha-bc 1 --run-dir $runs/$2@a=none" ;;
     swg) echo "swg.py $to $small_swg --steps 20000 --critic-steps 20000 --run-dir $runs/$2@swg" ;;
-    dac) echo "dac.py $to $small_dac --steps 30000 --run-dir $runs/$2@dac" ;;
+    dac) echo "dac.py $to $small_dac --eta 1 --eta-lr 0 --steps 30000 --run-dir $runs/$2@dac" ;;
+    dac_dual) echo "dac.py $to $small_dac --eta 0.1 --b 0.1 --steps 30000 --run-dir $runs/$2@dual" ;; # as hopper-demo has it
     diffusion_dice) echo "diffusion_dice.py $to --run-dir $runs/$2@diffusion_dice" ;;
   esac
 }

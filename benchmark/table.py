@@ -40,7 +40,11 @@ class Args:
 
 README = ROOT / "README.md"
 ROWS = {  # of README's table of a method: (text, label, sampling settings if not the run's)
-    "dac": [("cloning (`--guidance none --N-a 1`)", "cloning", {}), ("**DAC**", "dac", {})],
+    "dac": [
+        ("cloning (`--guidance none --N-a 1`)", "cloning", {}),
+        ("eta by dual ascent (`--eta 0.1 --b 0.1`)", "dual", {}),
+        ("**DAC** (stand-ins: `--eta 1 --eta-lr 0`)", "dac", {}),
+    ],
     "diffusion_dice": [
         ("cloning (`--kappa 0 --K 1`)", "diffusion_dice", dict(kappa=0, K=1)),
         ("select-only (`--kappa 0 --K 4`)", "diffusion_dice", dict(kappa=0, K=4)),
@@ -220,14 +224,13 @@ def draw_stand_ins(runs) -> None:
     if not found:
         return
     fig, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained", sharex=True)
-    names = {"dydiff": "TD3+BC", "dac": "DAC", "diffusion_dice": "Diffusion-DICE", "swg": "SWG"}
     for ax, data in zip(axes.flat, found):
-        for color, method in enumerate(names):
-            for (_, run, label), curves in runs.items():
-                if run == method and label.startswith(f"{data}@"):
+        for color, (text, method, label, settings) in enumerate(SIDE):
+            for (_, run, name), curves in runs.items():
+                if (run, name) == (method, f"{data}@{label}") and not settings:
                     steps = sorted(set.intersection(*(set(c) for c in curves)))
                     y, x = np.array([[c[s] for s in steps] for c in curves]), np.array(steps) / steps[-1]
-                    ax.plot(x, y.mean(0), marker="o", ms=3, color=f"C{color}", label=names[method])
+                    ax.plot(x, y.mean(0), marker="o", ms=3, color=f"C{color}", label=text)
                     ax.fill_between(x, y.min(0), y.max(0), alpha=0.2, lw=0, color=f"C{color}")
         ax.axhline(STAND_INS[data], color="gray", ls="--", lw=1, label="average of the data")
         ax.set_title(data)
@@ -237,7 +240,8 @@ def draw_stand_ins(runs) -> None:
         ax.set_xlabel("share of the main stage's steps")
     for ax in axes[:, 0]:
         ax.set_ylabel("normalized score")
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    named = {text: line for ax in axes.flat for line, text in zip(*ax.get_legend_handles_labels())}
+    fig.legend(named.values(), named, frameon=False, ncol=len(named), loc="outside lower center")
     fig.suptitle("Stand-in sets, reduced sizes: mean and range over seeds")
     fig.savefig(ROOT / "docs" / "figures" / "stand_ins.png", dpi=110)
     plt.close(fig)
