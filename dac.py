@@ -240,7 +240,7 @@ class NoiseNet(nn.Module):
 
 
 class Heads(nn.Module):
-    """Q_1..Q_H: H independent MLPs on [s, a], one batched product per layer; initialised as NoiseNet is."""
+    """Q_1..Q_H: H independent MLPs, one batched product per layer; initialised as NoiseNet is.  (B, S + A) -> (H, B)"""
 
     def __init__(self, width: int, hidden: tuple[int, ...], H: int):
         super().__init__()

@@ -28,8 +28,13 @@ run() { # method data env seed: one command line, at the size of the hopper-demo
     done
   done
 } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python
-for path in "$runs"/*@swg/*/swg/seed*; do # cloning by the same model
-  [ -e "$path/last.pt" ] && [ ! -e "$path/reeval.csv" ] || continue
-  env=$(basename "$(dirname "$(dirname "$path")")") seed=${path##*seed}
-  echo "--env $env --seed $seed --run-dir ${path%%/"$env"/*} --eval-only --rho 0 --kappa 1"
-done | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python swg.py
+unguided=()
+for path in "$runs"/*@swg/*/swg/seed*; do # cloning by the same model, and its mean
+  if [ -e "$path/last.pt" ] && [ ! -e "$path/reeval.csv" ]; then
+    env=$(basename "$(dirname "$(dirname "$path")")") seed=${path##*seed}
+    unguided+=("--env $env --seed $seed --run-dir ${path%%/"$env"/*} --eval-only --rho 0")
+  fi
+done
+for kappa in 1 0; do
+  [ ${#unguided[@]} -eq 0 ] || printf '%s\n' "${unguided[@]/%/ --kappa $kappa}" | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python swg.py
+done
