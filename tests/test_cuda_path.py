@@ -1,0 +1,165 @@
+"""The scripts' GPU path without a GPU: whole runs on the device of pretend_cuda.py, where what is recorded as a CUDA
+graph and replayed must leave the same policy as the eager run, bit for bit."""
+
+import csv
+import importlib
+
+import pytest
+import test_diffusion_dice_runs as dice_runs  # also registers ShortPendulum-v0
+import test_dydiff_runs as dydiff_runs
+import test_runs as dac_runs
+import test_swg_runs as swg_runs
+import torch
+import tyro
+from pretend_cuda import Cuda, pretend_cuda
+from test_runs import tensors
+
+from common import UserError
+
+one_thread = dice_runs.one_thread  # fixture
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests marked CUDA run on it")
+RUNS = {"dac": dac_runs, "diffusion_dice": dice_runs, "swg": swg_runs, "dydiff": dydiff_runs}
+CASES = [  # script, options, how many graphs: one per stage, DAC's averaging, the sampler of ten candidates or episodes
+    ("dac", "", 3),
+    ("dac", "--guidance denoised --temperature 0.5 --target min", 3),
+    ("dac", "--guidance none --N-a 1", 3),
+    ("dac", "--env bandit-two --clip-x0 True", 2),
+    ("diffusion_dice", "", 3),
+    ("diffusion_dice", "--guidance cep --temperature 0.5", 3),
+    ("diffusion_dice", "--guidance none --f pearson", 3),
+    ("swg", "", 3),
+    ("swg", "--weight dice --N 3 --kappa 0.5 --head plain --reverse x0", 3),
+    ("swg", "--rho 0", 3),
+    ("dydiff", "", 5),
+    ("dydiff", "--base cql --augment single-step --correction replace --filter hardmax", 3),
+    ("dydiff", "--base diffql --augment synther --loss-mask", 2),
+    ("dydiff", "--base cql --augment none", 1),
+]
+
+
+def run(folder, name: str, graph: str, *more: str, device: str = "cuda:0"):
+    """Checkpoint, rows of eval.csv and recorded graphs of a short run."""
+    module = importlib.import_module(name)
+    words = [*RUNS[name].TINY, "--device", device, "--graph", graph, "--compile", "off", "--run-dir", str(folder)]
+    env = [] if "--env" in more else ["--eval-env", "ShortPendulum-v0"]
+    with pretend_cuda() as graphs:
+        module.main(tyro.cli(module.Args, args=[*words, *env, *more]))
+    (last,) = folder.glob("*/*/*/last.pt")
+    with open(last.parent / "eval.csv", newline="") as file:
+        return torch.load(last, weights_only=True), list(csv.reader(file)), list(graphs)
+
+
+@pytest.mark.parametrize(("name", "options", "count"), CASES)
+def test_recorded_and_replayed_is_eager_bit_for_bit(tmp_path, name, options, count):
+    eager, eager_rows, none = run(tmp_path / "eager", name, "off", *options.split())
+    graphed, rows, graphs = run(tmp_path / "graphed", name, "on", *options.split())
+    assert none == [] and rows == eager_rows
+    assert len(graphs) == count and all(graph.replays > 0 for graph in graphs)
+    left, right = tensors(eager["state"]), tensors(graphed["state"])
+    assert left.keys() == right.keys()
+    assert [k for k in left if not torch.equal(left[k], right[k])] == []
+    assert torch.equal(eager["rng"]["cpu"], graphed["rng"]["cpu"])
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpu", "cuda:0"), ("cuda:0", "cpu")])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_and_is_judged_on_another_device(tmp_path, monkeypatch, name, first, second):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        dac_runs.full_after(1, patch)
+        run(tmp_path, name, "off", device=first)
+    last, _, _ = run(tmp_path, name, "auto", "--resume", device=second)
+    assert last["progress"]["step"] == last["args"]["steps"] and last["progress"]["done"][-1] == "train"
+    assert all(x.device.type == "cpu" for x in tensors(last).values())
+    for device in ("cpu", "cuda:0"):
+        run(tmp_path, name, "auto", "--eval-only", device=device)
+    with open(next(tmp_path.glob("*/*/*/reeval.csv")), newline="") as file:
+        one, other = (float(row["return"]) for row in csv.DictReader(file))
+    assert one == pytest.approx(other, abs=1e-3)  # kernels differ in their last bits
+
+
+# --- the pretended device catches what a real one would ---------------------------------------------------
+def graphed_and_eager(make, calls: int = 9):
+    """State after `calls` calls of make()'s update, eager and recorded."""
+    from dac import Graphed
+
+    found = []
+    for wrap in (lambda fn: fn, Graphed):
+        with pretend_cuda():
+            torch.manual_seed(0)
+            state, update = make()
+            update = wrap(update)
+            for _ in range(calls):
+                update()
+            found.append({k: v.x.clone() for k, v in state.items()})
+    return found
+
+
+def counter():
+    state = {"x": torch.zeros(3, device="cuda:0")}
+    return state, lambda: state["x"].add_(torch.randn(3, device="cuda:0"))
+
+
+def test_a_sound_update_is_the_same_recorded():
+    eager, graphed = graphed_and_eager(counter)
+    assert torch.equal(eager["x"], graphed["x"]) and graphed["x"].abs().sum() > 0
+
+
+def test_an_exchanged_tensor_and_a_number_held_by_python_show():
+    def exchanged():
+        state = {"x": torch.zeros(3, device="cuda:0")}
+
+        def update():
+            state["x"] = state["x"] + 1
+
+        return state, update
+
+    def held():
+        state, steps = {"x": torch.zeros(3, device="cuda:0")}, [0]
+
+        def update():
+            steps[0] += 1
+            state["x"].add_(steps[0])
+
+        return state, update
+
+    for make, expected in ((exchanged, 9), (held, 45)):
+        eager, graphed = graphed_and_eager(make)
+        assert eager["x"].tolist() == [expected] * 3
+        assert not torch.equal(eager["x"], graphed["x"])
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        (lambda x: x.add_(float(x.sum())), "not permitted while a graph is recorded"),
+        (lambda x: x[x > 0], "not permitted while a graph is recorded"),
+        (lambda x: x.cpu(), "not permitted while a graph is recorded"),
+        (lambda x: x.add_(torch.ones(3).to("cuda:0")), "not permitted while a graph is recorded"),
+        (lambda x: x.add_(torch.ones(3)), "tensors on cuda:0 and on the CPU"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(step, says):
+    def make():
+        state = {"x": torch.ones(3, device="cuda:0")}
+        return state, lambda: step(state["x"])
+
+    with pytest.raises(RuntimeError, match=says):
+        graphed_and_eager(make)
+
+
+def test_a_number_made_on_the_cpu_before_is_refused_only_in_a_graph():
+    rate = torch.tensor(0.5)
+
+    def make():
+        state = {"x": torch.ones(3, device="cuda:0")}
+        return state, lambda: state["x"].mul_(rate)
+
+    assert [x.tolist() for x in graphed_and_eager(make, calls=5)[1].values()] == [[0.5**5] * 3]
+    with pytest.raises(RuntimeError, match="tensors on cuda:0 and on the CPU"):
+        graphed_and_eager(make)
+
+
+def test_the_pretended_device_ends_with_its_block():
+    with pretend_cuda():
+        assert torch.cuda.is_available() and isinstance(torch.zeros(2, device="cuda:0"), Cuda)
+    assert not torch.cuda.is_available() and type(torch.zeros(2)) is torch.Tensor
