@@ -4,7 +4,7 @@
     python benchmark/throughput.py --profile      where the time of an update goes
 
 Timed: whole updates (batch, targets, losses, optimisers, averages), data on the device, no logging, no evaluation;
-the median of several rounds, after warm-up; the first 8 updates with compilation in a column of their own. FLOPs: the
+the median of several rounds, after warm-up; the first updates with compilation in a column of their own. FLOPs: the
 formulas of torch.utils.flop_counter, matrix products only. share: seconds that plain torch.mm needs for the same
 products (same shapes, one after the other; a convolution is the product that it unfolds to), over seconds of the
 update. act: one call for 10 episodes at once, as in
@@ -121,44 +121,45 @@ def mm_seconds(shapes: Counter, device: torch.device) -> float:
     return total
 
 
-def parts(args: Args, script: str, size: str, T: int, device: torch.device) -> dict:
-    """Stage -> (update, {name: act})."""
+def parts(args: Args, script: str, size: str, T: int, device: torch.device, mode: str = "eager") -> dict:
+    """Stage -> (update, {name: act}), both compiled and recorded as the script itself does under --compile, --graph."""
     env, S, A = SIZES[size]
+    how = {"compile": "on" if "compiled" in mode else "off", "graph": "on" if "graphed" in mode else "off"}
     torch.manual_seed(0)
     n = 100_000
     zeros = torch.zeros(n)
     data = Dataset(torch.randn(n, S), torch.rand(n, A) * 2 - 1, torch.randn(n), torch.randn(n, S), zeros, zeros.bool())
     data, ten = data.to(device), torch.zeros(10, S, device=device)
     if script == "dac":
-        run = dac.resolve(dac.Args(env=env, guidance=args.guidance, T=T, steps=2_000_000))
+        run = dac.resolve(dac.Args(env=env, guidance=args.guidance, T=T, steps=2_000_000, **how))
         agent = dac.make_agent(run, S, A, device)
         update, _ = dac.make_update(run, agent, data)
         act = dac.make_act(run, agent, A)
-        return {f"{args.guidance}, T={T}": (update, {"act": lambda: act(ten)})}
+        return {f"{args.guidance}, T={T}": (dac.accelerate(update, run, device), {"act": lambda: act(ten)})}
     if script == "dydiff":
-        return dydiff_parts(env, data, ten, device)
+        return dydiff_parts(env, data, ten, device, how)
     if script == "swg":
-        run = swg.resolve(swg.Args(env=env, steps=1_000_000, lr_decay_steps=3_000_000, layer_norm=True))
+        run = swg.resolve(swg.Args(env=env, steps=1_000_000, lr_decay_steps=3_000_000, layer_norm=True, **how))
         agent = swg.make_agent(run, S, A, device)
         act = swg.make_act(run, agent, A)
         plain = swg.make_act(replace(run, rho=0.0), agent, A)
         acts = {"act": lambda: act(ten), "act 1": lambda: act(ten[:1]), "act 1, rho 0": lambda: plain(ten[:1])}
         w = torch.rand(n, device=device)
         return {
-            "critic": (swg.make_critic_update(run, agent, data), {}),
-            "train": (swg.make_update(run, agent, data, w), acts),
+            "critic": (swg.accelerate(swg.make_critic_update(run, agent, data), run, device), {}),
+            "train": (swg.accelerate(swg.make_update(run, agent, data, w), run, device), acts),
         }
-    run = diffusion_dice.resolve(diffusion_dice.Args(env=env, steps=1_000_000))
+    run = diffusion_dice.resolve(diffusion_dice.Args(env=env, steps=1_000_000, **how))
     agent = diffusion_dice.make_agent(run, S, A, device)
-    no_guidance = diffusion_dice.make_update(replace(run, guidance="none"), agent, data)
     act = diffusion_dice.make_act(run, agent, A)
     act_32 = diffusion_dice.make_act(replace(run, K=32), agent, A)
     acts = {"act": lambda: act(ten), "act K=32": lambda: act_32(ten[:1])}
-    return {
-        "behavior": (diffusion_dice.make_behavior_update(run, agent, data), {}),
-        "main without guidance": (no_guidance, {}),
-        "main": (diffusion_dice.make_update(run, agent, data), acts),
+    updates = {
+        "behavior": diffusion_dice.make_behavior_update(run, agent, data),
+        "main without guidance": diffusion_dice.make_update(replace(run, guidance="none"), agent, data),
+        "main": diffusion_dice.make_update(run, agent, data),
     }
+    return {k: (diffusion_dice.accelerate(v, run, device), acts if k == "main" else {}) for k, v in updates.items()}
 
 
 class Captured:
@@ -168,13 +169,14 @@ class Captured:
         setattr(self, name, update)
 
 
-def dydiff_parts(env: str, data: Dataset, ten: torch.Tensor, device: torch.device) -> dict:
+def dydiff_parts(env: str, data: Dataset, ten: torch.Tensor, device: torch.device, how: dict) -> dict:
     S, A = data.s.shape[1], data.a.shape[1]
     rows = torch.cat([data.s, data.a, data.r[:, None], data.s_next, data.terminal[:, None]], -1)
     pieces = [(k, 1000) for k in range(0, len(rows), 1000)]
-    out = dydiff_models(env, rows, dydiff.make_windows(rows[:, : S + A], pieces, 100).to(device), S, A, device)
+    windows = dydiff.make_windows(rows[:, : S + A], pieces, 100).to(device)
+    out = dydiff_models(env, rows, windows, S, A, device, how)
     for base in ("td3bc", "cql", "diffql"):
-        run = dydiff.resolve(dydiff.Args(env=env, base=base, augment="dydiff"))
+        run = dydiff.resolve(dydiff.Args(env=env, base=base, augment="dydiff", **how))
         agent = dydiff.make_agent(run, S, A, device)
         agent.filled.fill_(len(agent.ring))
         update, act = dydiff.make_update(run, agent, rows, S, A), dydiff.make_act(run, agent, A)
@@ -184,16 +186,16 @@ def dydiff_parts(env: str, data: Dataset, ten: torch.Tensor, device: torch.devic
     return out
 
 
-def dydiff_models(env: str, rows: torch.Tensor, windows: dydiff.Windows, S: int, A: int, device: torch.device) -> dict:
-    run, captured = dydiff.resolve(dydiff.Args(env=env, base="td3bc", augment="dydiff")), Captured()
+def dydiff_models(env: str, rows, windows: dydiff.Windows, S: int, A: int, device: torch.device, how: dict) -> dict:
+    run, captured = dydiff.resolve(dydiff.Args(env=env, base="td3bc", augment="dydiff", **how)), Captured()
     windows = replace(windows, H=run.H, length=windows.length.clamp(max=run.H))
     agent = dydiff.make_agent(run, S, A, device)
     draw = lambda: windows[torch.randint(len(windows), (run.model_batch_size,), device=device)]  # noqa: E731
     x, sigma = torch.randn(64, run.H, S + A, device=device), torch.ones(64, device=device)
     dydiff.train_regressions(run, agent, captured, rows, S, A, known_successors=True)
     out = {
-        "diffusion": (dydiff.make_model_update(run, agent, draw, None, S), {}),
-        "U-net, 64 windows": (torch.no_grad()(lambda: agent.unet_ema(x, sigma)), {}),
+        "diffusion": (dydiff.accelerate(dydiff.make_model_update(run, agent, draw, None, S), run, device), {}),
+        "U-net, 64 windows": (torch.no_grad()(dydiff.accelerate(lambda: agent.unet_ema(x, sigma), run, device)), {}),
         "dynamics": (lambda: captured.dynamics(0), {}),
         "reward": (lambda: captured.reward(0), {}),
     }
@@ -202,26 +204,27 @@ def dydiff_models(env: str, rows: torch.Tensor, windows: dydiff.Windows, S: int,
     return out
 
 
-def measure(args: Args, stage: str, update, acts: dict, mode: str, device: torch.device) -> str:
+def counted(update, device: torch.device) -> tuple[int, float]:
+    """FLOPs of an eager update, and the seconds that torch.mm needs for its products."""
     with Products() as products:
         update()
-    plain = mm_seconds(products.shapes, device)
-    torch.compiler.reset()  # else code compiled for an earlier size counts towards dynamo's limit
-    fn = torch.compile(update) if "compiled" in mode else update
-    fn = dac.Graphed(fn) if "graphed" in mode else fn
+    return products.flops, mm_seconds(products.shapes, device)
+
+
+def measure(args: Args, update, acts: dict, flops: int, plain: float, device: torch.device) -> str:
     clock = time.perf_counter()
-    for _ in range(8):  # compiles, records
-        fn()
+    for _ in range(16 if device.type == "cuda" else 8):  # compiles; records, of td3bc's two kinds of update each
+        update()
     warm = time.perf_counter() - clock
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = rounds(fn, device, args.seconds)
+    seconds = rounds(update, device, args.seconds)
     peak = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # fmt: skip
     latency = ", ".join(f"{name} {1000 * rounds(call, device, 1.0):.1f}" for name, call in acts.items())
     time_ = f"{1 / seconds:.1f} | {1000 * seconds:.2f} | {warm:.0f} | {peak:.0f}"
-    work = f"{products.flops / 1e9:.3f} | {products.flops / seconds / 1e9:.0f} | {100 * plain / seconds:.0f} %"
-    return f"{stage} | {mode} | {time_} | {work} | {latency} |"
+    work = f"{flops / 1e9:.3f} | {flops / seconds / 1e9:.0f} | {100 * plain / seconds:.0f} %"
+    return f"{time_} | {work} | {latency} |"
 
 
 def profiled(update, device: torch.device, rows: int = 12) -> str:
@@ -254,17 +257,22 @@ def main(args: Args) -> None:
     if not args.profile:
         print("| script | size | stage | mode | updates/s | ms | warm-up s | peak MiB | GFLOP | GFLOP/s | share | ms |")
         print("|---" * 12 + "|")
-    for script in args.scripts:
-        for size in args.sizes:
-            for T in args.T if script == "dac" else args.T[:1]:
-                for stage, (update, acts) in parts(args, script, size, T, device).items():
-                    if args.profile:
-                        print(f"{script}, {size}, {stage}", profiled(update, device), "", sep="\n", flush=True)
-                        continue
-                    for mode in args.modes:
-                        if "graphed" not in mode or device.type == "cuda":
-                            row = measure(args, stage, update, acts, mode, device)
-                            print(f"| {script} | {size} | {row}", flush=True)
+    settings = [
+        (*x, T) for x in itertools.product(args.scripts, args.sizes) for T in args.T if x[0] == "dac" or T == args.T[0]
+    ]
+    modes = [mode for mode in args.modes if "graphed" not in mode or device.type == "cuda"]
+    for script, size, T in settings:
+        eager = {stage: update for stage, (update, _) in parts(args, script, size, T, device).items()}
+        if args.profile:
+            for stage, update in eager.items():
+                print(f"{script}, {size}, {stage}", profiled(update, device), "", sep="\n", flush=True)
+            continue
+        work = {stage: counted(update, device) for stage, update in eager.items()}
+        for mode in modes:
+            torch.compiler.reset()  # else code compiled for an earlier size counts towards dynamo's limit
+            for stage, (update, acts) in parts(args, script, size, T, device, mode).items():
+                row = measure(args, update, acts, *work[stage], device)
+                print(f"| {script} | {size} | {stage} | {mode} | {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def pretend_cuda():
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "manual_seed_all": lambda seed: None, "synchronize": lambda device=None: None,
+        "reset_peak_memory_stats": lambda device=None: None, "max_memory_allocated": lambda device=None: 0,
         "Stream": mock.MagicMock, "current_stream": mock.MagicMock, "stream": lambda s: nothing(),
         "CUDAGraph": CUDAGraph, "graph": lambda graph: graph.record(),
     }  # fmt: skip

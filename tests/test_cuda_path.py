@@ -14,6 +14,7 @@ import tyro
 from pretend_cuda import Cuda, pretend_cuda
 from test_runs import tensors
 
+import dydiff
 from common import UserError
 
 one_thread = dice_runs.one_thread  # fixture
@@ -75,6 +76,21 @@ def test_a_run_goes_on_and_is_judged_on_another_device(tmp_path, monkeypatch, na
     with open(next(tmp_path.glob("*/*/*/reeval.csv")), newline="") as file:
         one, other = (float(row["return"]) for row in csv.DictReader(file))
     assert one == pytest.approx(other, abs=1e-3)  # kernels differ in their last bits
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_throughput_runs_every_stage_graphed(monkeypatch, capsys, name):
+    monkeypatch.syspath_prepend(dac_runs.ROOT / "benchmark")
+    throughput = importlib.import_module("throughput")
+    monkeypatch.setattr(throughput, "rounds", lambda fn, device, seconds: (fn(), 1.0)[1])  # once
+    tiny = dict(b=8, N=2, H=16, channels=(8, 16), synther_rows=10)
+    monkeypatch.setitem(dydiff.PRESETS, "pendulum-demo", dydiff.PRESETS["pendulum-demo"] | tiny)
+    words = dict(scripts=(name,), sizes=("pendulum",), modes=("eager", "graphed"), device="cuda:0")
+    with pretend_cuda() as graphs:
+        throughput.main(throughput.Args(**words))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {name}")]
+    stages = {"dac": 1, "diffusion_dice": 3, "swg": 2, "dydiff": 8}[name]
+    assert len(rows) == 2 * stages and len(graphs) == stages  # dydiff: td3bc two, a rollout none
 
 
 # --- the pretended device catches what a real one would ---------------------------------------------------
