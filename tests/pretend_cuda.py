@@ -96,14 +96,20 @@ class CUDAGraph:
         self.operations.append((func, args, kwargs, out))
         return out
 
-    @torch.no_grad()
-    def replay(self) -> None:
-        self.replays += 1
+    def work(self) -> list[tuple]:
+        """The operations that compute something, views left out; with each, which of its results are new memory."""
+        found = []
         for func, args, kwargs, out in self.operations:
             memory = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
             fresh = [x.untyped_storage().data_ptr() not in memory for x in tensors(out)]
-            if tensors(out) and not any(fresh) and not func._schema.is_mutable:
-                continue  # a view
+            if not fresh or any(fresh) or func._schema.is_mutable:
+                found.append((func, args, kwargs, out, fresh))
+        return found
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, out, fresh in self.work():
             for x, new, own in zip(tensors(out), tensors(func(*args, **kwargs)), fresh):
                 if own:
                     x.copy_(new)

@@ -3,6 +3,7 @@ graph and replayed must leave the same policy as the eager run, bit for bit."""
 
 import csv
 import importlib
+import re
 
 import pytest
 import test_diffusion_dice_runs as dice_runs  # also registers ShortPendulum-v0
@@ -91,6 +92,31 @@ def test_throughput_runs_every_stage_graphed(monkeypatch, capsys, name):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {name}")]
     stages = {"dac": 1, "diffusion_dice": 3, "swg": 2, "dydiff": 8}[name]
     assert len(rows) == 2 * stages and len(graphs) == stages  # dydiff: td3bc two, a rollout none
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_operations_of_an_update_are_those_of_the_docs(monkeypatch, name):
+    """The table of docs/speed.md. Small batches: an update has as many operations as one of large ones."""
+    monkeypatch.syspath_prepend(dac_runs.ROOT / "benchmark")
+    throughput, module = importlib.import_module("throughput"), importlib.import_module(name)
+    small = {"dydiff": dict(b=8, N=2, synther_rows=10, model_batch_size=1, channels=(8, 32, 64))}.get(
+        name, dict(batch_size=8)
+    )
+    preset = "halfcheetah-medium-v2"
+    monkeypatch.setitem(module.PRESETS, preset, module.PRESETS.get(preset, {}) | small)
+    found = []
+    with pretend_cuda() as graphs:
+        parts = throughput.parts(throughput.Args(), name, "paper", 5, torch.device("cuda:0"), "graphed")
+        for stage, (update, _) in parts.items():
+            if stage not in ("rollout", "U-net, 64 windows"):
+                before = len(graphs)
+                for _ in range(12):
+                    update()
+                found += [len(graph.work()) for graph in graphs[before:]]
+    rows = re.findall(r"^\| (.+?) \| ([\d,; ]+) \|$", (dac_runs.ROOT / "docs" / "speed.md").read_text(), re.M)
+    title = {"dac": "DAC", "diffusion_dice": "Diffusion-DICE", "swg": "SWG", "dydiff": "DyDiff"}[name]
+    stated = [int(x) for stages, numbers in rows if stages.startswith(title) for x in re.findall(r"\d+", numbers)]
+    assert sorted(found) == sorted(stated)
 
 
 # --- the pretended device catches what a real one would ---------------------------------------------------
