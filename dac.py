@@ -390,20 +390,16 @@ def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
 
 def make_act(args: Args, agent: Agent, A: int):
     """act(s): N_a candidates of the online actor, of which the ensemble mean selects.  (E, S) -> (E, A)"""
-    sched, samplers = vp_schedule(args.T), {}
-
-    def sampler(s: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        return sample(agent.actor, s, x, noise, sched, args.clip_x0)
+    sched = vp_schedule(args.T)
+    chain = per_size(lambda s, x, noise: sample(agent.actor, s, x, noise, sched, args.clip_x0), args)
 
     @torch.no_grad()
     def act(s: Tensor) -> Tensor:
         s_n = s.repeat_interleave(args.N_a, 0)  # (E N_a, S)
         n, device = len(s_n), s.device
-        if n not in samplers:  # one recording per number of rows
-            samplers[n] = accelerate(sampler, replace(args, compile="off"), device)
         x, noise = torch.randn(n, A, device=device), torch.randn(sched.T + 1, n, A, device=device)
-        a = samplers[n](s_n, x, noise)  # (E N_a, A)
-        return a.clone() if args.N_a == 1 else select(a, agent.judge(s_n, a), args.N_a, args.temperature)
+        a = chain(s_n, x, noise)  # (E N_a, A)
+        return a if args.N_a == 1 else select(a, agent.judge(s_n, a), args.N_a, args.temperature)
 
     return act
 
@@ -564,6 +560,19 @@ def accelerate(fn, args, device: torch.device):
     if args.graph == "on" or (args.graph == "auto" and device.type == "cuda"):
         fn = Graphed(fn)
     return fn
+
+
+def per_size(fn, args):
+    """fn with a recording (--graph) for every number of rows that it is called with.  (n, ...), ... -> (n, ...)"""
+    recorded = {}
+
+    def call(*inputs: Tensor) -> Tensor:
+        n = len(inputs[0])
+        if n not in recorded:
+            recorded[n] = accelerate(fn, replace(args, compile="off"), inputs[0].device)
+        return recorded[n](*inputs).clone()  # not the buffer that the next replay overwrites
+
+    return call
 
 
 def pick_device(args) -> torch.device:

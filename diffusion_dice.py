@@ -452,19 +452,14 @@ def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
 
 def make_act(args: Args, agent: Agent, A: int):
     """act(s): K guided candidates, of which the ensemble mean (else the first target Q) selects.  (E, S) -> (E, A)"""
-    guidance, samplers = None if args.guidance == "none" else agent.guidance, {}
-
-    def sampler(s: Tensor, x: Tensor) -> Tensor:
-        return sample(agent.score, guidance, s, x, args.kappa, args.nfe)
+    guidance = None if args.guidance == "none" else agent.guidance
+    chain = per_size(lambda s, x: sample(agent.score, guidance, s, x, args.kappa, args.nfe), args)
 
     @torch.no_grad()
     def act(s: Tensor) -> Tensor:
         s_k = s.repeat_interleave(args.K, 0)  # (E K, S)
-        n, device = len(s_k), s.device
-        if n not in samplers:  # one recording per number of rows
-            samplers[n] = accelerate(sampler, replace(args, compile="off"), device)
-        a = samplers[n](s_k, torch.randn(n, A, device=device))  # (E K, A)
-        return a.clone() if args.K == 1 else select(a, agent.judge(s_k, a), args.K, args.temperature)  # (8)
+        a = chain(s_k, torch.randn(len(s_k), A, device=s.device))  # (E K, A)
+        return a if args.K == 1 else select(a, agent.judge(s_k, a), args.K, args.temperature)  # (8)
 
     return act
 
@@ -684,6 +679,19 @@ def accelerate(fn, args, device: torch.device):
     if args.graph == "on" or (args.graph == "auto" and device.type == "cuda"):
         fn = Graphed(fn)
     return fn
+
+
+def per_size(fn, args):
+    """fn with a recording (--graph) for every number of rows that it is called with.  (n, ...), ... -> (n, ...)"""
+    recorded = {}
+
+    def call(*inputs: Tensor) -> Tensor:
+        n = len(inputs[0])
+        if n not in recorded:
+            recorded[n] = accelerate(fn, replace(args, compile="off"), inputs[0].device)
+        return recorded[n](*inputs).clone()  # not the buffer that the next replay overwrites
+
+    return call
 
 
 def pick_device(args) -> torch.device:

@@ -618,14 +618,15 @@ def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
 
 def make_act(args: Args, agent: Agent, A: int):
     """act(s), raw states: tanh(mean); diffql: one of K candidates, drawn by softmax of min Q.  (E, S) -> (E, A)"""
+    policy = per_size(agent.policy.act, args)
 
     @torch.no_grad()
     def act(s: Tensor) -> Tensor:
         s = agent.frames.to_policy(s)
         if args.base != "diffql":
-            return agent.policy.act(s)
+            return policy(s)
         s_k = s.repeat_interleave(args.candidates, 0)  # (E K, S)
-        a = agent.policy.act(s_k)  # (E K, A)
+        a = policy(s_k)  # (E K, A)
         return select(a, agent.judge(s_k, a), args.candidates, temperature=1.0)
 
     return act
@@ -1173,6 +1174,19 @@ def accelerate(fn, args, device: torch.device):
     if args.graph == "on" or (args.graph == "auto" and device.type == "cuda"):
         fn = Graphed(fn)
     return fn
+
+
+def per_size(fn, args):
+    """fn with a recording (--graph) for every number of rows that it is called with.  (n, ...), ... -> (n, ...)"""
+    recorded = {}
+
+    def call(*inputs: Tensor) -> Tensor:
+        n = len(inputs[0])
+        if n not in recorded:
+            recorded[n] = accelerate(fn, replace(args, compile="off"), inputs[0].device)
+        return recorded[n](*inputs).clone()  # not the buffer that the next replay overwrites
+
+    return call
 
 
 def pick_device(args) -> torch.device:

@@ -504,12 +504,10 @@ def select(a: Tensor, q: Tensor, n: int, temperature: float = 0.0) -> Tensor:
 
 def make_act(args: Args, agent: Agent, A: int):
     """act(s): N guided candidates of the averaged model; SWG-R takes the best by Q or by weight.  (E, S) -> (E, A)"""
-    net, sched, samplers = agent.net_ema.eval(), make_schedule(args), {}
+    net, sched = agent.net_ema.eval(), make_schedule(args)
     if args.env in BETA_TOYS:
         args = toy_settings(args, args.beta)
-
-    def sampler(s: Tensor, z: Tensor, noise: Tensor) -> Tensor:
-        return sample(net, s, z, noise, sched, args)
+    chain = per_size(lambda s, z, noise: sample(net, s, z, noise, sched, args), args)
 
     @torch.no_grad()
     def act(s: Tensor) -> Tensor:
@@ -517,12 +515,10 @@ def make_act(args: Args, agent: Agent, A: int):
             s = torch.full_like(s, args.beta)
         s_n = s.repeat_interleave(args.N, 0)  # (E N, S)
         n, device = len(s_n), s.device
-        if n not in samplers:  # one recording per number of rows
-            samplers[n] = accelerate(sampler, replace(args, compile="off"), device)
         z, noise = torch.randn(n, A + 1, device=device), torch.randn(sched.T + 1, n, A + 1, device=device)
-        z = samplers[n](s_n, z, noise)  # (E N, A + 1)
+        z = chain(s_n, z, noise)  # (E N, A + 1)
         a, w = z[:, :-1], z[:, -1]
-        return a.clone() if args.N == 1 else select(a, agent.judge(s_n, a) if args.select == "q" else w, args.N)
+        return a if args.N == 1 else select(a, agent.judge(s_n, a) if args.select == "q" else w, args.N)
 
     return act
 
@@ -715,6 +711,19 @@ def accelerate(fn, args, device: torch.device):
     if args.graph == "on" or (args.graph == "auto" and device.type == "cuda"):
         fn = Graphed(fn)
     return fn
+
+
+def per_size(fn, args):
+    """fn with a recording (--graph) for every number of rows that it is called with.  (n, ...), ... -> (n, ...)"""
+    recorded = {}
+
+    def call(*inputs: Tensor) -> Tensor:
+        n = len(inputs[0])
+        if n not in recorded:
+            recorded[n] = accelerate(fn, replace(args, compile="off"), inputs[0].device)
+        return recorded[n](*inputs).clone()  # not the buffer that the next replay overwrites
+
+    return call
 
 
 def pick_device(args) -> torch.device:

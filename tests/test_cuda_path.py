@@ -32,10 +32,10 @@ CASES = [  # script, options, how many graphs: one per stage, DAC's averaging, t
     ("swg", "", 3),
     ("swg", "--weight dice --N 3 --kappa 0.5 --head plain --reverse x0", 3),
     ("swg", "--rho 0", 3),
-    ("dydiff", "", 5),
-    ("dydiff", "--base cql --augment single-step --correction replace --filter hardmax", 3),
-    ("dydiff", "--base diffql --augment synther --loss-mask", 2),
-    ("dydiff", "--base cql --augment none", 1),
+    ("dydiff", "", 6),
+    ("dydiff", "--base cql --augment single-step --correction replace --filter hardmax", 4),
+    ("dydiff", "--base diffql --augment synther --loss-mask", 3),
+    ("dydiff", "--base cql --augment none", 2),
 ]
 
 
