@@ -98,7 +98,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the update; auto: on CUDA, if a C++ compiler is found"""
     graph: Literal["auto", "on", "off"] = "auto"
-    """record the update once as a CUDA graph and replay it; auto: on CUDA"""
+    """record updates and samplers as CUDA graphs and replay them; auto: on CUDA"""
 
     # --- the method; None takes the preset of --env, whose default is the paper's value ---
     steps: int | None = None

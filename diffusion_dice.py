@@ -101,7 +101,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the update; auto: on CUDA, if a C++ compiler is found"""
     graph: Literal["auto", "on", "off"] = "auto"
-    """record the update (and the sampler) once as a CUDA graph and replay it; auto: on CUDA"""
+    """record updates and samplers as CUDA graphs and replay them; auto: on CUDA"""
 
     # --- the method; None takes the preset of --env, whose default is the released code's value ---
     steps: int | None = None
@@ -1109,6 +1109,33 @@ def check_task(task: tuple[int, int], S: int, A: int) -> None:
         raise UserError(f"the data has sizes (observation, action) {S, A}, the task {task}: {fix}")
 
 
+def borrow(args, state: dict, stages: list[str], settings: str) -> list[str]:
+    """--pretrained: into `state`, what `stages` of another run of this env have learned under the same `settings`.
+    Returns the stages that are done thereby: none without --pretrained, or once this run has a checkpoint itself."""
+    if not args.pretrained or (args.resume and (run_folder(args) / "last.pt").exists()):
+        return []
+    path = Path(args.pretrained).expanduser() / "last.pt"
+    content = load(path, args.env)
+    missing = [k for k in stages if k not in content["progress"]["done"]]
+    if missing:
+        raise UserError(f"{path} has not done {', '.join(missing)}; give a run that has, or --resume that one")
+    theirs, ours = (json.loads(json.dumps(x)) for x in (content["args"], asdict(args)))
+    wrong = [k for k in settings.split() if theirs[k] != ours[k]]
+    if wrong:
+        text = lambda v: " ".join(map(str, v)) if isinstance(v, list) else v  # noqa: E731
+        what = ", ".join(f"--{k.replace('_', '-')} {text(theirs[k])}, here {text(ours[k])}" for k in wrong)
+        raise UserError(f"{path} was trained with {what}; give the same")
+    try:
+        for k, v in state.items():
+            if hasattr(v, "load_state_dict"):
+                v.load_state_dict(content["state"][k])
+            else:
+                v.copy_(content["state"][k])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its data has other sizes; --pretrained takes a run of the same task") from error
+    return stages
+
+
 # --- main -------------------------------------------------------------------------------------------------
 def agent_state(agent: Agent) -> dict:
     return {f.name: getattr(agent, f.name) for f in fields(agent) if getattr(agent, f.name) is not None}
@@ -1126,21 +1153,6 @@ def window_scale(r: Tensor, terminal: Tensor, length: int = 1000) -> float:
     if len(set(returns)) < 2:
         raise UserError("--reward-scale windows: the data has no two returns that differ; give --reward-scale none")
     return 1000 / (max(returns) - min(returns))
-
-
-def borrow(args: Args, agent: Agent) -> None:
-    """--pretrained: the behaviour model of another run of the same env and widths."""
-    path = Path(args.pretrained).expanduser() / "last.pt"
-    content = load(path, args.env)
-    if "behavior" not in content["progress"]["done"]:
-        raise UserError(f"{path}: its behaviour model is not done; continue that run with --resume")
-    theirs, ours = tuple(content["args"]["behavior_hidden"]), tuple(args.behavior_hidden)
-    if theirs != ours:
-        raise UserError(f"{path}: its --behavior-hidden is {theirs}, here {ours}; give the same")
-    try:
-        agent.score.load_state_dict(content["state"]["score"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: its data has other sizes; --pretrained takes a run of the same task") from error
 
 
 def exact_samples(args: Args, scaled, n: int, seed: int) -> Tensor:
@@ -1176,12 +1188,9 @@ def main(args: Args) -> None:
     data.r = scaled(data.r)  # not in place: common.py keeps a toy's tensors
 
     agent = make_agent(args, S, A, device)
-    borrowed = args.pretrained and not (args.resume and (run_folder(args) / "last.pt").exists())
-    if borrowed:  # before the run's folder is touched
-        borrow(args, agent)
+    taken = borrow(args, {"score": agent.score}, ["behavior"], "behavior_hidden")  # before the run's folder is touched
     run = Run(args, agent_state(agent), device)
-    if borrowed:
-        run.progress["done"].append("behavior")
+    run.progress["done"] += taken
     announce(args, data, returns, device)
 
     update_behavior = accelerate(make_behavior_update(args, agent, data), args, device)

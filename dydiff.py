@@ -65,7 +65,7 @@ from tqdm import tqdm
 import common
 from common import TOYS, UserError, edm_sigmas, make_env, normalized_score
 
-METHOD, FORMAT = "dydiff", 2  # FORMAT: of last.pt; raised whenever an older file would not load
+METHOD, FORMAT = "dydiff", 3  # FORMAT: of last.pt; raised whenever an older file would not load
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the update; auto: on CUDA, if a C++ compiler is found"""
     graph: Literal["auto", "on", "off"] = "auto"
-    """record the update once as a CUDA graph and replay it; auto: on CUDA"""
+    """record updates and samplers as CUDA graphs and replay them; auto: on CUDA"""
 
     # --- the method; None takes the preset of --env, whose default is the released code's value ---
     steps: int | None = None
@@ -290,6 +290,8 @@ def resolve(args: Args) -> Args:
     refuse(args, positive, "M S_churn cql_weight eta_q clip_norm", rules)
     if args.env in TOYS and args.augment != "none":
         raise UserError(f"{args.env} has episodes of one step: there is nothing to roll out; give --augment none")
+    if args.pretrained and args.augment == "none":
+        raise UserError("--augment none has no models to take from another run; leave --pretrained out")
     return args
 
 
@@ -1604,51 +1606,44 @@ def check_task(task: tuple[int, int], S: int, A: int) -> None:
         raise UserError(f"the data has sizes (observation, action) {S, A}, the task {task}: {fix}")
 
 
+def borrow(args, state: dict, stages: list[str], settings: str) -> list[str]:
+    """--pretrained: into `state`, what `stages` of another run of this env have learned under the same `settings`.
+    Returns the stages that are done thereby: none without --pretrained, or once this run has a checkpoint itself."""
+    if not args.pretrained or (args.resume and (run_folder(args) / "last.pt").exists()):
+        return []
+    path = Path(args.pretrained).expanduser() / "last.pt"
+    content = load(path, args.env)
+    missing = [k for k in stages if k not in content["progress"]["done"]]
+    if missing:
+        raise UserError(f"{path} has not done {', '.join(missing)}; give a run that has, or --resume that one")
+    theirs, ours = (json.loads(json.dumps(x)) for x in (content["args"], asdict(args)))
+    wrong = [k for k in settings.split() if theirs[k] != ours[k]]
+    if wrong:
+        text = lambda v: " ".join(map(str, v)) if isinstance(v, list) else v  # noqa: E731
+        what = ", ".join(f"--{k.replace('_', '-')} {text(theirs[k])}, here {text(ours[k])}" for k in wrong)
+        raise UserError(f"{path} was trained with {what}; give the same")
+    try:
+        for k, v in state.items():
+            if hasattr(v, "load_state_dict"):
+                v.load_state_dict(content["state"][k])
+            else:
+                v.copy_(content["state"][k])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its data has other sizes; --pretrained takes a run of the same task") from error
+    return stages
+
+
 # --- main -------------------------------------------------------------------------------------------------
 def agent_state(agent: Agent) -> dict:
     return {f.name: getattr(agent, f.name) for f in fields(agent) if getattr(agent, f.name) is not None}
 
 
-MODELS = "unet unet_ema seen ensemble ensemble_best ensemble_fit reward reward_best reward_fit".split()
-
-
-def borrow(args: Args, agent: Agent) -> None:
-    """--pretrained: diffusion model, ensemble and reward network of another run of the same env and sizes."""
-    path = Path(args.pretrained).expanduser() / "last.pt"
-    content = load(path, args.env)
-    needed, theirs = stages(args), content["args"]
-    if not needed:
-        raise UserError("--augment none has no models to take from another run; leave --pretrained out")
-    if (theirs["augment"] == "synther") != (args.augment == "synther"):
-        raise UserError(f"{path} is of --augment {theirs['augment']}, here {args.augment}: its models are others")
-    missing = [k for k in needed if k not in content["progress"]["done"]]
-    if missing:
-        why = f"has not done {', '.join(missing)} (its --augment is {content['args']['augment']})"
-        raise UserError(f"{path} {why}; give a run that has")
-    keys = "synther_width" if args.augment == "synther" else "dynamics_hidden E elites reward_hidden holdout"
-    keys = f"{keys} H channels scale_conditions".split() if args.augment == "dydiff" else keys.split()
-    ours = json.loads(json.dumps(asdict(args)))
-    wrong = [k for k in keys if json.loads(json.dumps(theirs[k])) != ours[k]]
-    if wrong:
-        what = ", ".join(f"--{k.replace('_', '-')} {theirs[k]}, here {ours[k]}" for k in wrong)
-        raise UserError(f"{path}: its models have {what}; give the same")
-    frames, taken = agent.frames.state_dict(), content["state"]["frames"]
-    if any(v.shape != taken[k].shape or not torch.allclose(v.cpu(), taken[k]) for k, v in frames.items()):
-        raise UserError(f"{path}: its models were trained on other data; --pretrained takes a run on the same")
-    try:
-        for k in MODELS:
-            part = getattr(agent, k)
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(content["state"][k])
-            elif part is not None:
-                part.copy_(content["state"][k])
-    except RuntimeError as error:
-        raise UserError(f"{path}: its data has other sizes; --pretrained takes a run of the same task") from error
-
-
-def stages(args: Args) -> list[str]:
-    return {"dydiff": ["diffusion", "dynamics", "reward"], "single-step": ["dynamics", "reward"],
-            "synther": ["diffusion"], "none": []}[args.augment]  # fmt: skip
+MODELS = "frames unet unet_ema seen ensemble ensemble_best ensemble_fit reward reward_best reward_fit".split()
+STAGES = {"dydiff": ["diffusion", "dynamics", "reward"], "single-step": ["dynamics", "reward"], "synther": ["synther"],
+          "none": []}  # fmt: skip
+_MODELS = "dynamics_hidden E elites reward_hidden holdout"
+SETTINGS = {"dydiff": f"{_MODELS} H channels scale_conditions", "single-step": _MODELS, "synther": "synther_width",
+            "none": ""}  # fmt: skip
 
 
 @torch.no_grad()
@@ -1733,12 +1728,13 @@ def main(args: Args) -> None:
 
     if args.augment in ("dydiff", "single-step"):
         windows, held, model_rows = prepare(args, frames, raw, rows)
-    borrowed = args.pretrained and not (args.resume and (run_folder(args) / "last.pt").exists())
-    if borrowed:  # before the run's folder is touched
-        borrow(args, agent)
+    fitted, state = deepcopy(frames.state_dict()), agent_state(agent)
+    models = {k: state[k] for k in MODELS if k in state}
+    taken = borrow(args, models, STAGES[args.augment], SETTINGS[args.augment])  # before the run's folder is touched
+    if any(not torch.allclose(v, fitted[k]) for k, v in frames.state_dict().items()):
+        raise UserError(f"{args.pretrained}: its models are of other data; --pretrained takes a run on the same")
     run = Run(args, agent_state(agent), device)
-    if borrowed:
-        run.progress["done"] += stages(args)
+    run.progress["done"] += taken
     announce(args, data, returns, device)
 
     if args.augment == "synther":
@@ -1863,7 +1859,7 @@ def train_synther(args: Args, agent: Agent, run: Run, rows: Tensor, S: int, A: i
         return SIGMA_DATA * (rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)] - mean) / std
 
     update = accelerate(make_model_update(args, agent, draw, None, None), args, rows.device)
-    run.train("diffusion", args.model_steps, lambda i: update())
+    run.train("synther", args.model_steps, lambda i: update())
 
     @torch.no_grad()
     def synthesize() -> Tensor:

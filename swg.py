@@ -104,7 +104,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the update; auto: on CUDA, if a C++ compiler is found"""
     graph: Literal["auto", "on", "off"] = "auto"
-    """record the update (and the sampler) once as a CUDA graph and replay it; auto: on CUDA"""
+    """record updates and samplers as CUDA graphs and replay them; auto: on CUDA"""
 
     # --- the method; None takes the preset of --env, whose default is the released code's value ---
     steps: int | None = None
@@ -1141,28 +1141,36 @@ def check_task(task: tuple[int, int], S: int, A: int) -> None:
         raise UserError(f"the data has sizes (observation, action) {S, A}, the task {task}: {fix}")
 
 
+def borrow(args, state: dict, stages: list[str], settings: str) -> list[str]:
+    """--pretrained: into `state`, what `stages` of another run of this env have learned under the same `settings`.
+    Returns the stages that are done thereby: none without --pretrained, or once this run has a checkpoint itself."""
+    if not args.pretrained or (args.resume and (run_folder(args) / "last.pt").exists()):
+        return []
+    path = Path(args.pretrained).expanduser() / "last.pt"
+    content = load(path, args.env)
+    missing = [k for k in stages if k not in content["progress"]["done"]]
+    if missing:
+        raise UserError(f"{path} has not done {', '.join(missing)}; give a run that has, or --resume that one")
+    theirs, ours = (json.loads(json.dumps(x)) for x in (content["args"], asdict(args)))
+    wrong = [k for k in settings.split() if theirs[k] != ours[k]]
+    if wrong:
+        text = lambda v: " ".join(map(str, v)) if isinstance(v, list) else v  # noqa: E731
+        what = ", ".join(f"--{k.replace('_', '-')} {text(theirs[k])}, here {text(ours[k])}" for k in wrong)
+        raise UserError(f"{path} was trained with {what}; give the same")
+    try:
+        for k, v in state.items():
+            if hasattr(v, "load_state_dict"):
+                v.load_state_dict(content["state"][k])
+            else:
+                v.copy_(content["state"][k])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its data has other sizes; --pretrained takes a run of the same task") from error
+    return stages
+
+
 # --- main -------------------------------------------------------------------------------------------------
 def agent_state(agent: Agent) -> dict:
     return {f.name: getattr(agent, f.name) for f in fields(agent) if getattr(agent, f.name) is not None}
-
-
-def borrow(args: Args, agent: Agent) -> None:
-    """--pretrained: the critic of another run of the same env and critic settings."""
-    path = Path(args.pretrained).expanduser() / "last.pt"
-    content = load(path, args.env)
-    if "critic" not in content["progress"]["done"]:
-        raise UserError(f"{path}: its critic is not done; continue that run with --resume")
-    theirs, ours = content["args"], json.loads(json.dumps(asdict(args)))
-    keys = "hidden layer_norm tau discount reward_scale reward_shift".split()
-    wrong = [k for k in keys if json.loads(json.dumps(theirs[k])) != ours[k]]
-    if wrong:
-        what = ", ".join(f"--{k.replace('_', '-')} {theirs[k]}, here {ours[k]}" for k in wrong)
-        raise UserError(f"{path}: its critic was trained with {what}; give the same")
-    try:
-        for k in ("value", "q", "q_target"):
-            getattr(agent, k).load_state_dict(content["state"][k])
-    except RuntimeError as error:
-        raise UserError(f"{path}: its data has other sizes; --pretrained takes a run of the same task") from error
 
 
 def exact_samples(args: Args, scaled, n: int, seed: int) -> Tensor:
@@ -1203,12 +1211,11 @@ def main(args: Args) -> None:
         data.a = data.a.clamp(-1 + 1e-5, 1 - 1e-5)  # as released
 
     agent = make_agent(args, S, A, device)
-    borrowed = args.pretrained and not (args.resume and (run_folder(args) / "last.pt").exists())
-    if borrowed:  # before the run's folder is touched
-        borrow(args, agent)
+    critic = {"value": agent.value, "q": agent.q, "q_target": agent.q_target}
+    settings = "hidden layer_norm tau discount reward_scale reward_shift"
+    taken = borrow(args, critic, ["critic"], settings)  # before the run's folder is touched
     run = Run(args, agent_state(agent), device)
-    if borrowed:
-        run.progress["done"].append("critic")
+    run.progress["done"] += taken
     announce(args, data, returns, device)
 
     w = None

@@ -102,7 +102,8 @@ def repetition(args: Args, folder: Path):
         dydiff.seed_all(run.seed)
         agent = dydiff.make_agent(arm, S, A, torch.device("cpu"))
         agent.frames.load_state_dict(frames.state_dict())
-        dydiff.borrow(arm, agent)
+        models = {k: v for k, v in dydiff.agent_state(agent).items() if k in dydiff.MODELS}
+        dydiff.borrow(arm, models, dydiff.STAGES[arm.augment], dydiff.SETTINGS[arm.augment])
         if name == "nothing":
             roll = None
         elif name == "behaviour data":

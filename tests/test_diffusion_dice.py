@@ -1026,13 +1026,14 @@ def test_borrowing_takes_the_behaviour_model_of_another_run_of_the_same_kind(tmp
     for taken, done, words in (
         (dict(env="hopper-expert-v2"), ["behavior"], "expected"),
         (dict(behavior_hidden=(6, 5, 3)), ["behavior"], "behavior-hidden"),
-        (dict(), [], "not done"),
+        (dict(), [], "has not done behavior"),
     ):
         offer(replace(args, **taken), done=done)
         with pytest.raises(UserError, match=words):
-            dd.borrow(args, ours)
+            dd.borrow(args, {"score": ours.score}, ["behavior"], "behavior_hidden")
     assert same(ours.score, before.score)
     offer(args)
-    dd.borrow(args, ours)
+    assert dd.borrow(args, {"score": ours.score}, ["behavior"], "behavior_hidden") == ["behavior"]
+    assert dd.borrow(replace(args, pretrained=None), {}, ["behavior"], "") == []
     assert same(ours.score, theirs.score) and torch.equal(ours.score.time.W, theirs.score.time.W)
     assert all(same(getattr(ours, k), getattr(before, k)) for k in ("value", "q", "q_target", "ensemble", "guidance"))

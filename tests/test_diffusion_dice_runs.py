@@ -724,9 +724,9 @@ def wrong_donor(request, whole, inside, tmp_path):
     if kind == "nothing":
         return tmp_path / "nowhere", [], [r"no checkpoint \S+nowhere/last\.pt"]
     if kind == "not done":
-        return inside, [], [rf"{inside}/last\.pt: its behaviour model is not done", "--resume"]
+        return inside, [], [rf"{inside}/last\.pt has not done behavior; give a run that has, or --resume that one"]
     if kind == "other widths":
-        says = [r"--behavior-hidden is \(16, 8, 8\), here \(16, 8, 4\)"]
+        says = ["--behavior-hidden 16 8 8, here 16 8 4; give the same"]
         return whole["igl"], ["--behavior-hidden", 16, 8, 4], says
     if kind == "other env":
         says = [r"is of diffusion_dice \(format \d\) on pendulum-demo; expected .* on bandit-two"]

@@ -48,7 +48,7 @@ SHORT = [*TINY, "--eval-env", "ShortPendulum-v0"]
 BASES, AUGMENTS = ("td3bc", "cql", "diffql"), ("dydiff", "single-step", "synther", "none")
 EACH = pytest.mark.parametrize(("base", "augment"), list(product(BASES, AUGMENTS)))
 STAGES = {"dydiff": ["diffusion", "dynamics", "reward"], "single-step": ["dynamics", "reward"],
-          "synther": ["diffusion"], "none": []}  # fmt: skip
+          "synther": ["synther"], "none": []}  # fmt: skip
 PARTS = dict(unet=("dydiff", "synther"), unet_ema=("dydiff", "synther"), ensemble=("dydiff", "single-step"),
              ensemble_best=("dydiff", "single-step"), ensemble_fit=("dydiff", "single-step"),
              reward=("dydiff", "single-step"), reward_best=("dydiff", "single-step"),
@@ -272,10 +272,11 @@ def test_tensorboard_of_every_stage(runs, base, augment):
     series = [main]
     for stage in STAGES[augment]:
         series.append(events(folder / stage))
-        more = set() if stage == "diffusion" else {f"losses/{stage}_holdout"}
-        assert series[-1].keys() == {f"losses/{stage}", "charts/steps_per_second", "charts/lr"} | more
-        assert list(series[-1][f"losses/{stage}"]) == [4, 8, 12, 16, 20]
-        if stage != "diffusion":  # checks at steps 11 and 20
+        name = "diffusion" if stage == "synther" else stage
+        more = set() if name == "diffusion" else {f"losses/{stage}_holdout"}
+        assert series[-1].keys() == {f"losses/{name}", "charts/steps_per_second", "charts/lr"} | more
+        assert list(series[-1][f"losses/{name}"]) == [4, 8, 12, 16, 20]
+        if more:  # checks at steps 11 and 20
             assert list(series[-1][f"losses/{stage}_holdout"]) == [12, 16, 20]
     assert all(math.isfinite(v) for found in series for values in found.values() for v in values.values())
 
@@ -339,7 +340,7 @@ def test_bandits_have_nothing_to_roll_out(tmp_path, augment):
 # --- interrupted in any stage -----------------------------------------------------------------------------
 STOPS = {
     "dydiff": dict(diffusion=(13, 20), dynamics=(10, 11), reward=(12,), train=(8, 9, 13, 24)),
-    "synther": dict(diffusion=(7,), train=(1, 13)),
+    "synther": dict(synther=(7,), train=(1, 13)),
 }
 STOPS = [(augment, stage, i) for augment, x in STOPS.items() for stage, calls in x.items() for i in calls]
 
@@ -363,7 +364,7 @@ def test_a_signal_inside_a_stage(runs, argv, tmp_path, monkeypatch, augment, sta
 
 
 SAVES = [("dydiff", 2, "diffusion", 20), ("dydiff", 4, "dynamics", 20), ("dydiff", 6, "reward", 20),
-         ("dydiff", 7, "train", 10), ("synther", 2, "diffusion", 20), ("synther", 3, "train", 10)]  # fmt: skip
+         ("dydiff", 7, "train", 10), ("synther", 2, "synther", 20), ("synther", 3, "train", 10)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("augment", "saves", "stage", "step"), SAVES)
@@ -472,7 +473,7 @@ def test_pretrained_is_needed_once(runs, argv, tmp_path, monkeypatch):
 
 WRONG = {  # further arguments -> what the message says
     "--H 16": "--H 8, here 16; give the same",
-    "--channels 8 8": r"--channels \(8, 16\), here \[8, 8\]",
+    "--channels 8 8": "--channels 8 16, here 8 8",
     "--scale-conditions True": "--scale-conditions False, here True",
     "--dynamics-hidden 8": "--dynamics-hidden ",
     "--E 4": "--E 3, here 4",
@@ -481,13 +482,13 @@ WRONG = {  # further arguments -> what the message says
     "--holdout 0": r"--holdout 0.05, here 0.0",
     "--H 4 --E 2": "--E 3, here 2, --H 8, here 4; give the same",
     "--env hopper-demo": r"is of dydiff \(format \d\) on pendulum-demo; expected .* on hopper-demo",
-    f"--eval-env Hopper-v5 --data-path {HOPPER}": "other data",
+    f"--eval-env Hopper-v5 --data-path {HOPPER}": "other sizes; --pretrained takes a run of the same task",
     f"--data-path {PENDULUM}": "other data",
-    "--augment synther": "is of --augment dydiff, here synther",
+    "--augment synther": "has not done synther; give a run that has",
     "--augment none": "--augment none has no models to take",
-    "synther": "is of --augment synther, here dydiff",
-    "single-step": r"has not done diffusion \(its --augment is single-step\)",
-    "unfinished": r"has not done reward \(its --augment is dydiff\); give a run that has",
+    "synther": "has not done diffusion, dynamics, reward; give a run that has",
+    "single-step": "has not done diffusion; give",
+    "unfinished": "has not done reward; give a run that has, or --resume that one",
     "nowhere": r"no checkpoint \S+nowhere/last\.pt",
 }
 

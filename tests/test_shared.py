@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("dac", "diffusion_dice", "swg", "dydiff") if (ROOT / f"{name}.py").exists()]
 OWN = """Args resolve Heads ValueNet Block diffuse value_loss critic_target critic_loss sample make_act Agent make_agent
-         make_update exact_samples borrow main toy_figure""".split()  # the methods
+         make_update exact_samples main toy_figure""".split()  # the methods
 CLIPS = {("dydiff", "descend")}  # each of the networks that one optimiser has, by itself
 COMMON_ARGS = """env data_path data_url eval_env seed device run_dir resume overwrite eval_only video log_every
                  eval_every eval_episodes final_episodes save_every compile graph""".split()
@@ -44,6 +44,18 @@ def test_arguments_begin_with_the_common_ones_in_the_same_order(script):
     body = ast.parse(pieces(script)["Args"]).body[0].body
     fields = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
     assert fields[: len(COMMON_ARGS)] == COMMON_ARGS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_common_arguments_have_one_help_text(script):
+    """But for the method's name and its presets."""
+
+    def helps(name: str) -> list[str]:
+        texts = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""$', pieces(name)["Args"], re.M | re.S)
+        texts = [(k, re.sub(r" \(preset: .*\)", "", text).replace(name, "METHOD")) for k, text in texts]
+        return texts[: len(COMMON_ARGS)]
+
+    assert helps(script) == helps("dac") and [k for k, _ in helps(script)] == COMMON_ARGS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -587,7 +587,7 @@ def test_overwrite_a_run_with_its_own_critic(runs, tmp_path):
 
 WRONG = {  # further arguments -> what the message says
     "--tau 0.8": "trained with --tau 0.7, here 0.8",
-    "--hidden 16 8": r"trained with --hidden \(16,\), here [(\[]16, 8",
+    "--hidden 16 8": "trained with --hidden 16, here 16 8",
     "--discount 0.9": "trained with --discount 0.99, here 0.9",
     "--reward-scale none": "trained with --reward-scale range, here none",
     "--reward-shift -1": "trained with --reward-shift 0.0, here -1.0",
@@ -596,7 +596,7 @@ WRONG = {  # further arguments -> what the message says
     "--env bandit-moons": r"is of swg \(format \d\) on pendulum-demo; expected .* on bandit-moons",
     "--env toy-8gaussians --N 1": "--pretrained shares a critic, and toy-8gaussians has none",
     f"--eval-env Hopper-v5 --data-path {HOPPER} --layer-norm False": "other sizes; --pretrained takes a run of the",
-    "unfinished": "its critic is not done; continue that run with --resume",
+    "unfinished": "has not done critic; give a run that has, or --resume that one",
     "nowhere": r"no checkpoint \S+nowhere/last\.pt",
 }
 
