@@ -80,6 +80,22 @@ def test_a_run_goes_on_and_is_judged_on_another_device(tmp_path, monkeypatch, na
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_a_recorded_policy_acts_as_the_eager_one(tmp_path, name):
+    """Two batch sizes in turn, past their recordings; answers given before stay as they were."""
+    run(tmp_path, name, "off", *(["--N", "1"] if name == "swg" else []), device="cpu")
+    (folder,) = tmp_path.glob("*/*/seed0")
+    found = []
+    for graph in ("off", "on"):
+        with pretend_cuda() as graphs:
+            act = importlib.import_module(name).load_policy(folder, device="cuda:0", graph=graph)[0]
+            torch.manual_seed(0)
+            answers = [act(torch.randn(n, 3, device="cuda:0")) for n in (4, 2) * 8]
+            found.append([a.x.clone() for a in answers])
+        assert [graph.replays for graph in graphs] == ([3, 3] if graph == "on" else [])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_throughput_runs_every_stage_graphed(monkeypatch, capsys, name):
     monkeypatch.syspath_prepend(dac_runs.ROOT / "benchmark")
     throughput = importlib.import_module("throughput")
