@@ -17,6 +17,7 @@ run() { # method data env seed: one command line, at the size of the hopper-demo
     swg) echo "swg.py $to $small_swg --steps 20000 --critic-steps 20000 --run-dir $runs/$2@swg" ;;
     dac) echo "dac.py $to $small_dac --eta 1 --eta-lr 0 --steps 30000 --run-dir $runs/$2@dac" ;;
     dac_dual) echo "dac.py $to $small_dac --eta 0.1 --b 0.1 --steps 30000 --run-dir $runs/$2@dual" ;; # as hopper-demo has it
+    dydiff) echo "dydiff.py $to --run-dir $runs/$2@dydiff" ;; # TD3+BC as in td3bc, and rollouts
     diffusion_dice) echo "diffusion_dice.py $to --run-dir $runs/$2@diffusion_dice" ;;
   esac
 }
@@ -28,13 +29,16 @@ run() { # method data env seed: one command line, at the size of the hopper-demo
     done
   done
 } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python
-unguided=()
-for path in "$runs"/*@swg/*/swg/seed*; do # cloning by the same model, and its mean
-  if [ -e "$path/last.pt" ] && [ ! -e "$path/reeval.csv" ]; then
-    env=$(basename "$(dirname "$(dirname "$path")")") seed=${path##*seed}
-    unguided+=("--env $env --seed $seed --run-dir ${path%%/"$env"/*} --eval-only --rho 0")
+todo=() # finished runs of models that can also clone, and have not been asked to
+for path in "$runs"/*@swg/*/swg/seed* "$runs"/*@diffusion_dice/*/diffusion_dice/seed*; do
+  if [ -e "$path/result.json" ] && [ ! -e "$path/reeval.csv" ]; then
+    folder=$(dirname "$path") env=$(basename "$(dirname "$(dirname "$path")")")
+    todo+=("$(basename "$folder").py --env $env --seed ${path##*seed} --run-dir ${path%%/"$env"/*} --eval-only")
   fi
 done
-for kappa in 1 0; do
-  [ ${#unguided[@]} -eq 0 ] || printf '%s\n' "${unguided[@]/%/ --kappa $kappa}" | OMP_NUM_THREADS=1 xargs -P "${JOBS:-1}" -L 1 python swg.py
-done
+clone() { # method, settings
+  printf '%s\n' "${todo[@]}" | { grep "^$1.py" || true; } | sed "s/$/ $2/" | OMP_NUM_THREADS=1 xargs -r -P "${JOBS:-1}" -L 1 python
+}
+clone swg "--rho 0 --kappa 1"
+clone swg "--rho 0 --kappa 0" # its mean
+clone diffusion_dice "--kappa 0 --K 1"
