@@ -117,7 +117,7 @@ class Args:
     reward_steps: int | None = None
     """most gradient steps of the reward network, likewise (1,000,000)"""
     pretrained: str | None = None
-    """run folder whose diffusion model, ensemble and reward network are taken: seeds and base algorithms share them"""
+    """run folder whose diffusion model, ensemble and reward network (synther: its model) are taken"""
     base: Literal["td3bc", "cql", "diffql"] | None = None
     """algorithm that learns the policy (td3bc)"""
     augment: Literal["dydiff", "single-step", "synther", "none"] | None = None

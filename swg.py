@@ -23,7 +23,7 @@ Differences from the authors' code, each tagged where it happens (reasons and ef
   [D10] the paper's toys: with --size cpu the network reads 6 z, w is in units of its root mean square for each beta,
         its error counts half, log w_hat has a floor; with both sizes EMA at every step, points / 4.5, not their range
 Shapes: B batch, S state, A action, T diffusion steps, N candidates, E episodes (in the toys' formulas: the energy).
-Run:    python swg.py                          (pendulum, no download, minutes on a CPU)
+Run:    python swg.py                          (pendulum, no download, about a minute on a CPU)
         python swg.py --env hopper-medium-v2   (D4RL; the paper's sizes)
 """
 
@@ -217,7 +217,7 @@ PRESETS = {  # what differs from PAPER: docs/swg.md says where each value comes 
                                                    "large-play", "large-diverse")},
     **{f"kitchen-{kind}-v0": dict() for kind in ("complete", "partial", "mixed")},
     **{f"{task}-{kind}-v0": dict() for task in ("pen", "hammer", "door", "relocate") for kind in ("human", "cloned")},
-    "pendulum-demo": dict(  # ours, sized for two minutes on a CPU
+    "pendulum-demo": dict(  # ours, sized for a minute on a CPU
         steps=8000, critic_steps=10_000, critic_lr=1e-3, hidden=(64, 64), polyak=0.02, width=64, blocks=2,
         batch_size=256, lr=1e-3, lr_decay_steps=0, ema=0.005, reward_scale="range", log_every=200,
         eval_every=2000, eval_episodes=10, final_episodes=20, save_every=2000),

@@ -16,7 +16,7 @@ for seed in 0 1 2 3 4; do  # rho kappa N; SWG-R always beside 16 candidates with
   done
 done
 for seed in 0 1 2; do
-  for setting in "0 1 1" "0 1 16" "10 1 16"; do
+  for setting in "0 1 1" "0 0 1" "3 0 1" "10 0 1" "1 1 1" "0 1 16" "10 1 16"; do
     read -r rho kappa N <<<"$setting"
     python swg.py --env hopper-demo --run-dir "$runs/swg" --seed $seed --eval-only --rho $rho --kappa $kappa --N $N --final-episodes 50
   done

@@ -1,6 +1,7 @@
-"""The scripts' GPU path without a GPU: whole runs on the device of pretend_cuda.py, where what is recorded as a CUDA
-graph and replayed must leave the same policy as the eager run, bit for bit."""
+"""The scripts' GPU path: whole runs, where what is recorded as a CUDA graph and replayed must leave the same policy as
+the eager run. On a GPU if there is one; else on the device of pretend_cuda.py, and bit for bit."""
 
+import contextlib
 import csv
 import importlib
 import re
@@ -19,7 +20,8 @@ import dydiff
 from common import UserError
 
 one_thread = dice_runs.one_thread  # fixture
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests marked CUDA run on it")
+REAL = torch.cuda.is_available()
+PRETENDED = pytest.mark.skipif(REAL, reason="there is a GPU")
 RUNS = {"dac": dac_runs, "diffusion_dice": dice_runs, "swg": swg_runs, "dydiff": dydiff_runs}
 CASES = [  # script, options, how many graphs: one per stage, DAC's averaging, the sampler of ten candidates or episodes
     ("dac", "", 3),
@@ -43,12 +45,26 @@ CASES = [  # script, options, how many graphs: one per stage, DAC's averaging, t
 ]
 
 
+def cuda():
+    """The device cuda:0; yields the graphs that were recorded, if it is pretended."""
+    return contextlib.nullcontext([]) if REAL else pretend_cuda()
+
+
+def assert_same(left: dict, right: dict) -> None:
+    """Bit for bit; on a GPU within what rounding makes of a few dozen steps of Adam."""
+    assert left.keys() == right.keys()
+    if REAL:
+        torch.testing.assert_close(right, left, rtol=1e-2, atol=5e-3)
+    else:
+        assert [k for k in left if not torch.equal(left[k], right[k])] == []
+
+
 def run(folder, name: str, graph: str, *more: str, device: str = "cuda:0"):
     """Checkpoint, rows of eval.csv and recorded graphs of a short run."""
     module = importlib.import_module(name)
     words = [*RUNS[name].TINY, "--device", device, "--graph", graph, "--compile", "off", "--run-dir", str(folder)]
     env = [] if "--env" in more else ["--eval-env", "ShortPendulum-v0"]
-    with pretend_cuda() as graphs:
+    with cuda() as graphs:
         module.main(tyro.cli(module.Args, args=[*words, *env, *more]))
     (last,) = folder.glob("*/*/*/last.pt")
     with open(last.parent / "eval.csv", newline="") as file:
@@ -56,15 +72,14 @@ def run(folder, name: str, graph: str, *more: str, device: str = "cuda:0"):
 
 
 @pytest.mark.parametrize(("name", "options", "count"), CASES)
-def test_recorded_and_replayed_is_eager_bit_for_bit(tmp_path, name, options, count):
+def test_recorded_and_replayed_is_eager(tmp_path, name, options, count):
     eager, eager_rows, none = run(tmp_path / "eager", name, "off", *options.split())
     graphed, rows, graphs = run(tmp_path / "graphed", name, "on", *options.split())
-    assert none == [] and rows == eager_rows
-    assert len(graphs) == count and all(graph.replays > 0 for graph in graphs)
-    left, right = tensors(eager["state"]), tensors(graphed["state"])
-    assert left.keys() == right.keys()
-    assert [k for k in left if not torch.equal(left[k], right[k])] == []
-    assert torch.equal(eager["rng"]["cpu"], graphed["rng"]["cpu"])
+    assert_same(tensors(eager["state"]), tensors(graphed["state"]))
+    assert torch.equal(eager["rng"]["cpu"], graphed["rng"]["cpu"]) and len(rows) == len(eager_rows)
+    if not REAL:
+        assert none == [] and rows == eager_rows
+        assert len(graphs) == count and all(graph.replays > 0 for graph in graphs)
 
 
 @pytest.mark.parametrize(("first", "second"), [("cpu", "cuda:0"), ("cuda:0", "cpu")])
@@ -80,7 +95,7 @@ def test_a_run_goes_on_and_is_judged_on_another_device(tmp_path, monkeypatch, na
         run(tmp_path, name, "auto", "--eval-only", device=device)
     with open(next(tmp_path.glob("*/*/*/reeval.csv")), newline="") as file:
         one, other = (float(row["return"]) for row in csv.DictReader(file))
-    assert one == pytest.approx(other, abs=1e-3)  # kernels differ in their last bits
+    assert one == pytest.approx(other, abs=0.1 if REAL else 1e-3)  # kernels differ in their last bits
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -90,13 +105,13 @@ def test_a_recorded_policy_acts_as_the_eager_one(tmp_path, name):
     (folder,) = tmp_path.glob("*/*/seed0")
     found = []
     for graph in ("off", "on"):
-        with pretend_cuda() as graphs:
+        with cuda() as graphs:
             act = importlib.import_module(name).load_policy(folder, device="cuda:0", graph=graph)[0]
             torch.manual_seed(0)
             answers = [act(torch.randn(n, 3, device="cuda:0")) for n in (4, 2) * 8]
-            found.append([a.x.clone() for a in answers])
-        assert [graph.replays for graph in graphs] == ([3, 3] if graph == "on" else [])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            found.append({str(i): a.cpu() for i, a in enumerate(answers)})
+        assert REAL or [graph.replays for graph in graphs] == ([3, 3] if graph == "on" else [])
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -107,13 +122,15 @@ def test_throughput_runs_every_stage_graphed(monkeypatch, capsys, name):
     tiny = dict(b=8, N=2, H=16, channels=(8, 16), synther_rows=10)
     monkeypatch.setitem(dydiff.PRESETS, "pendulum-demo", dydiff.PRESETS["pendulum-demo"] | tiny)
     words = dict(scripts=(name,), sizes=("pendulum",), modes=("eager", "graphed"), device="cuda:0")
-    with pretend_cuda() as graphs:
+    with cuda() as graphs:
         throughput.main(throughput.Args(**words))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {name}")]
     stages = {"dac": 1, "diffusion_dice": 3, "swg": 2, "dydiff": 8}[name]
-    assert len(rows) == 2 * stages and len(graphs) == stages  # dydiff: td3bc two, a rollout none
+    assert len(rows) == 2 * stages
+    assert REAL or len(graphs) == stages  # dydiff: td3bc two, a rollout none
 
 
+@PRETENDED
 @pytest.mark.parametrize("name", RUNS)
 def test_operations_of_an_update_are_those_of_the_docs(monkeypatch, name):
     """The table of docs/speed.md. Small batches: an update has as many operations as one of large ones."""
@@ -161,11 +178,13 @@ def counter():
     return state, lambda: state["x"].add_(torch.randn(3, device="cuda:0"))
 
 
+@PRETENDED
 def test_a_sound_update_is_the_same_recorded():
     eager, graphed = graphed_and_eager(counter)
     assert torch.equal(eager["x"], graphed["x"]) and graphed["x"].abs().sum() > 0
 
 
+@PRETENDED
 def test_an_exchanged_tensor_and_a_number_held_by_python_show():
     def exchanged():
         state = {"x": torch.zeros(3, device="cuda:0")}
@@ -190,6 +209,7 @@ def test_an_exchanged_tensor_and_a_number_held_by_python_show():
         assert not torch.equal(eager["x"], graphed["x"])
 
 
+@PRETENDED
 @pytest.mark.parametrize(
     ("step", "says"),
     [
@@ -209,6 +229,7 @@ def test_what_a_graph_cannot_hold_is_refused(step, says):
         graphed_and_eager(make)
 
 
+@PRETENDED
 def test_a_number_made_on_the_cpu_before_is_refused_only_in_a_graph():
     rate = torch.tensor(0.5)
 
@@ -221,6 +242,7 @@ def test_a_number_made_on_the_cpu_before_is_refused_only_in_a_graph():
         graphed_and_eager(make)
 
 
+@PRETENDED
 def test_the_pretended_device_ends_with_its_block():
     with pretend_cuda():
         assert torch.cuda.is_available() and isinstance(torch.zeros(2, device="cuda:0"), Cuda)
