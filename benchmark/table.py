@@ -44,6 +44,7 @@ ROWS = {  # of README's table of a method: (text, label, sampling settings if no
         ("cloning (`--guidance none --N-a 1`)", "cloning", {}),
         ("eta by dual ascent (`--eta 0.1 --b 0.1`)", "dual", {}),
         ("**DAC** (stand-ins: `--eta 1 --eta-lr 0`)", "dac", {}),
+        ("the same, `--actor-lr 1e-3 --critic-lr 1e-3`", "lr", {}),
     ],
     "diffusion_dice": [
         ("cloning (`--kappa 0 --K 1`)", "diffusion_dice", dict(kappa=0, K=1)),
@@ -69,6 +70,7 @@ SIDE = [  # of README's table of all methods: (text, method, label, sampling set
     ("cloning (SWG's model, unguided)", "swg", "swg", dict(rho=0, kappa=1, N=1)),
     ("the same at temperature 0", "swg", "swg", dict(rho=0, kappa=0, N=1)),
     ("TD3+BC", "dydiff", "a=none", {}), ("DAC", "dac", "dac", {}),
+    ("DAC, learning rates 1e-3", "dac", "lr", {}),
     ("Diffusion-DICE", "diffusion_dice", "diffusion_dice", {}), ("SWG", "swg", "swg", {}),
     ("TD3+BC + DyDiff", "dydiff", "dydiff", {}),
 ]  # fmt: skip
