@@ -43,8 +43,8 @@ ROWS = {  # of README's table of a method: (text, label, sampling settings if no
     "dac": [
         ("cloning (`--guidance none --N-a 1`)", "cloning", {}),
         ("eta by dual ascent (`--eta 0.1 --b 0.1`)", "dual", {}),
+        ("learning rates 1e-3 (`--eta 1 --eta-lr 0 --actor-lr 1e-3 --critic-lr 1e-3`)", "lr", {}),
         ("**DAC** (stand-ins: `--eta 1 --eta-lr 0`)", "dac", {}),
-        ("the same, `--actor-lr 1e-3 --critic-lr 1e-3`", "lr", {}),
     ],
     "diffusion_dice": [
         ("cloning (`--kappa 0 --K 1`)", "diffusion_dice", dict(kappa=0, K=1)),
