@@ -1641,9 +1641,9 @@ def agent_state(agent: Agent) -> dict:
 MODELS = "frames unet unet_ema seen ensemble ensemble_best ensemble_fit reward reward_best reward_fit".split()
 STAGES = {"dydiff": ["diffusion", "dynamics", "reward"], "single-step": ["dynamics", "reward"], "synther": ["synther"],
           "none": []}  # fmt: skip
-_MODELS = "dynamics_hidden E elites reward_hidden holdout"
-SETTINGS = {"dydiff": f"{_MODELS} H channels scale_conditions", "single-step": _MODELS, "synther": "synther_width",
-            "none": ""}  # fmt: skip
+_REGRESSIONS = "dynamics_hidden E elites reward_hidden holdout"
+SETTINGS = {"dydiff": f"{_REGRESSIONS} H channels scale_conditions", "single-step": _REGRESSIONS,
+            "synther": "synther_width", "none": ""}  # fmt: skip
 
 
 @torch.no_grad()
@@ -1733,7 +1733,7 @@ def main(args: Args) -> None:
     taken = borrow(args, models, STAGES[args.augment], SETTINGS[args.augment])  # before the run's folder is touched
     if any(not torch.allclose(v, fitted[k]) for k, v in frames.state_dict().items()):
         raise UserError(f"{args.pretrained}: its models are of other data; --pretrained takes a run on the same")
-    run = Run(args, agent_state(agent), device)
+    run = Run(args, state, device)
     run.progress["done"] += taken
     announce(args, data, returns, device)
 

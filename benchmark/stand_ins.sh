@@ -16,6 +16,7 @@ run() { # method data env seed: one command line, at the size of the hopper-demo
     td3bc) echo "dydiff.py $to --augment none --steps 30000 --hidden 128 128 --policy-hidden 128 128 --alpha-bc 1 --run-dir $runs/$2@a=none" ;;
     swg) echo "swg.py $to $small_swg --steps 20000 --critic-steps 20000 --run-dir $runs/$2@swg" ;;
     dac) echo "dac.py $to $small_dac --eta 1 --eta-lr 0 --steps 30000 --run-dir $runs/$2@dac" ;;
+    dac_cloning) echo "dac.py $to ${small_dac/N-a 2/N-a 1} --guidance none --eta-lr 0 --steps 30000 --run-dir $runs/$2@cloning" ;;
     dac_lr) echo "dac.py $to $small_dac --eta 1 --eta-lr 0 --actor-lr 1e-3 --critic-lr 1e-3 --steps 30000 --run-dir $runs/$2@lr" ;;
     dac_dual) echo "dac.py $to $small_dac --eta 0.1 --b 0.1 --steps 30000 --run-dir $runs/$2@dual" ;; # as hopper-demo has it
     dydiff) echo "dydiff.py $to --run-dir $runs/$2@dydiff" ;; # TD3+BC as in td3bc, and rollouts
